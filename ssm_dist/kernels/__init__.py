@@ -1,0 +1,16 @@
+"""Floor 1: tensors in, tensors out. One public function an op; `backend` chooses who computes it."""
+
+from ssm_dist.kernels.attention import paged_attention
+from ssm_dist.kernels.convolution import causal_conv, causal_conv_update
+from ssm_dist.kernels.norm import add_rms_norm, rms_normalize
+from ssm_dist.kernels.scan import selective_scan, selective_state_update
+
+__all__ = [
+    "add_rms_norm",
+    "causal_conv",
+    "causal_conv_update",
+    "paged_attention",
+    "rms_normalize",
+    "selective_scan",
+    "selective_state_update",
+]
