@@ -1,0 +1,1 @@
+"""Floor 2: the models, declared once, free of any parallelism."""

@@ -1,0 +1,172 @@
+"""Mamba (arXiv 2312.00752): embedding, layers of norm and mixer, norm, head."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ssm_dist.errors import UserError
+from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch, StateShapes
+from ssm_dist.models.layers import AddRMSNorm
+from ssm_dist.models.mixer import MambaMixer, MixerConfig
+
+
+@dataclass(frozen=True)
+class MambaConfig:
+    """Sizes of a Mamba model; the names of the Mamba paper."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    d_inner: int
+    dt_rank: int
+    d_state: int = 16
+    conv_width: int = 4
+    norm_eps: float = 1e-5
+    tied_head: bool = True
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    mixer_rms_eps: float | None = None
+    vocab_padded: int = 0
+    """Rows of the embedding and the head, at least vocab_size; 0 for vocab_size itself."""
+
+    heads = 1
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows that the embedding and the head hold over all ranks."""
+        return self.vocab_padded or self.vocab_size
+
+    @property
+    def mixer(self) -> MixerConfig:
+        """Sizes of one mixer."""
+        return MixerConfig(
+            d_model=self.d_model, d_inner=self.d_inner, d_state=self.d_state, dt_rank=self.dt_rank,
+            conv_width=self.conv_width, heads=self.heads, use_bias=self.use_bias,
+            use_conv_bias=self.use_conv_bias, mixer_rms_eps=self.mixer_rms_eps,
+        )  # fmt: skip
+
+    @classmethod
+    def from_huggingface(cls, raw: dict[str, Any]) -> Self:
+        """From a parsed config.json, in transformers' spelling or the original one of state-spaces."""
+        if "d_model" in raw and "hidden_size" not in raw:
+            return cls(**_original_fields(raw))
+        return cls(**cls._fields(raw))
+
+    @classmethod
+    def _fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
+        require_activation(raw, "hidden_act", "silu")
+        d_model = raw["hidden_size"]
+        dt_rank = raw.get("time_step_rank", "auto")
+        return {
+            "vocab_size": raw["vocab_size"],
+            "d_model": d_model,
+            "n_layers": raw.get("num_hidden_layers", raw.get("n_layer", 32)),
+            # some Falcon-Mamba configurations carry a wrong `expand` beside the right intermediate_size
+            "d_inner": raw.get("intermediate_size", int(raw.get("expand", 2) * d_model)),
+            "dt_rank": math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+            "d_state": raw.get("state_size", 16),
+            "conv_width": raw.get("conv_kernel", 4),
+            "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
+            "tied_head": raw.get("tie_word_embeddings", True),
+            "use_bias": raw.get("use_bias", False),
+            "use_conv_bias": raw.get("use_conv_bias", True),
+        }
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The fields of transformers' config.json for this model."""
+        return {
+            "model_type": "mamba",
+            "architectures": ["MambaForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "intermediate_size": self.d_inner,
+            "expand": exact_ratio(self.d_inner, self.d_model),
+            "time_step_rank": self.dt_rank,
+            "state_size": self.d_state,
+            "conv_kernel": self.conv_width,
+            "layer_norm_epsilon": self.norm_eps,
+            "tie_word_embeddings": self.tied_head,
+            "use_bias": self.use_bias,
+            "use_conv_bias": self.use_conv_bias,
+            "hidden_act": "silu",
+            "residual_in_fp32": True,
+        }
+
+
+def _original_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a state-spaces config.json, whose embedding rows are padded to a multiple."""
+    ssm = raw.get("ssm_cfg") or {}
+    if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
+        raise UserError("this config.json describes a Mamba-2 or hybrid model; only Mamba-1 is supported here")
+    multiple, d_model = raw.get("pad_vocab_size_multiple", 8), raw["d_model"]
+    dt_rank = ssm.get("dt_rank", "auto")
+    return {
+        "vocab_size": -(-raw["vocab_size"] // multiple) * multiple,
+        "d_model": d_model,
+        "n_layers": raw["n_layer"],
+        "d_inner": int(ssm.get("expand", 2) * d_model),
+        "dt_rank": math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+        "d_state": ssm.get("d_state", 16),
+        "conv_width": ssm.get("d_conv", 4),
+        "tied_head": raw.get("tie_embeddings", True),
+    }
+
+
+def require_activation(raw: dict[str, Any], key: str, supported: str) -> None:
+    """Refuse a config.json whose activation is not the one that the kernels fuse."""
+    if raw.get(key, supported) != supported:
+        raise UserError(f"config.json: {key} = {raw[key]!r} is not supported; only {supported!r} is")
+
+
+def exact_ratio(numerator: int, denominator: int) -> int | float:
+    """numerator / denominator, as an integer where it is one (transformers multiplies it back)."""
+    return numerator // denominator if numerator % denominator == 0 else numerator / denominator
+
+
+class MambaLayer(nn.Module):
+    """One norm and one mixer on the residual stream."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.norm = AddRMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MambaMixer(config.mixer)
+
+    def forward(
+        self, branch: Tensor | None, residual: Tensor, batch: RaggedBatch, state: MixerState
+    ) -> tuple[Tensor, Tensor]:
+        """Takes and returns (branch not yet added, residual stream before it), each (T, d_model)."""
+        hidden, residual = self.norm(branch, residual)
+        return self.mixer(hidden, batch, state), residual
+
+
+class Mamba(nn.Module):
+    """The language model. `head` maps rows of the output to logits over the padded vocabulary."""
+
+    def __init__(self, config: MambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
+        self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.n_layers))
+        self.final_norm = AddRMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
+        """The final hidden states (T, d_model) of a batch; `state` is advanced in place."""
+        branch, residual = None, self.embedding(batch.tokens).float()
+        for layer, layer_state in zip(self.layers, state.mixers, strict=True):
+            branch, residual = layer(branch, residual, batch, layer_state)
+        return self.final_norm(branch, residual)[0]
+
+    def state_shapes(self) -> StateShapes:
+        """What this model, or this rank's shard of it, keeps for a sequence."""
+        mixer = self.layers[0].mixer
+        channels, width = mixer.conv.weight.shape
+        return StateShapes((width - 1, channels), tuple(mixer.A_log.shape), len(self.layers))

@@ -1,0 +1,116 @@
+"""The Mamba-1 mixer, shared by all models (arXiv 2312.00752; heads as in Zamba, arXiv 2405.16712).
+
+Channels are grouped into heads, contiguous blocks of them; one head is the ordinary Mamba. x_proj and dt_proj
+work within a head. Everything but x_proj treats the channels independently, so a rank that holds a contiguous
+range of channels runs this same code on it.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_dist import kernels
+from ssm_dist.models.batch import MixerState, RaggedBatch
+from ssm_dist.models.layers import PackedLinear
+
+
+@dataclass(frozen=True)
+class MixerConfig:
+    """Sizes of one mixer."""
+
+    d_model: int
+    d_inner: int
+    d_state: int
+    dt_rank: int
+    conv_width: int
+    heads: int = 1
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    mixer_rms_eps: float | None = None
+    """Epsilon of the weightless RMS normalisation of dt, B and C (Falcon-Mamba); None for no normalisation."""
+
+
+class ChannelConv(nn.Module):
+    """Parameters of the depthwise convolution: weight (d_inner, conv_width), bias (d_inner,) or None."""
+
+    def __init__(self, channels: int, width: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, width))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+    def forward(self, x: Tensor, batch: RaggedBatch, state: Tensor) -> Tensor:
+        """silu(conv(x)): x (T, d_inner), continuing from and updating `state` (slots, width - 1, d_inner)."""
+        if batch.decode:
+            return kernels.causal_conv_update(x, self.weight, self.bias, state, batch.slots)
+        return kernels.causal_conv(x, self.weight, self.bias, state, batch.seq_offsets, batch.slots)
+
+
+class HeadwiseProjection(nn.Module):
+    """x_proj: weight (d_inner, d_out), summed over the channels of each head.
+
+    A rank that holds only part of a head computes a partial sum; plans add the reduction.
+    """
+
+    def __init__(self, channels: int, d_out: int, heads: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, d_out))
+        self.heads = heads
+        self.head_dim = channels // heads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one."""
+        heads = max(1, self.weight.shape[0] // self.head_dim)
+        if heads == 1:
+            return (x @ self.weight)[:, None]
+        return torch.einsum("tgc,gcr->tgr", x.unflatten(1, (heads, -1)), self.weight.unflatten(0, (heads, -1)))
+
+
+class HeadwiseExpansion(nn.Module):
+    """dt_proj: weight (d_inner, d_in), each head expanding its own input; the bias is added by the scan."""
+
+    def __init__(self, channels: int, d_in: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, d_in))
+        self.bias = nn.Parameter(torch.empty(channels, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, heads held, d_in) -> (T, channels held), without the bias."""
+        heads = x.shape[1]
+        if heads == 1:
+            return F.linear(x[:, 0], self.weight)
+        return torch.einsum("tgr,gcr->tgc", x, self.weight.unflatten(0, (heads, -1))).flatten(1)
+
+
+class MambaMixer(nn.Module):
+    """in_proj, convolution, selective scan, gate, out_proj."""
+
+    def __init__(self, config: MixerConfig) -> None:
+        super().__init__()
+        self.sizes = [config.dt_rank, config.d_state, config.d_state]
+        self.mixer_rms_eps = config.mixer_rms_eps
+        self.in_proj = PackedLinear(config.d_model, config.d_inner, config.use_bias)
+        self.conv = ChannelConv(config.d_inner, config.conv_width, config.use_conv_bias)
+        self.x_proj = HeadwiseProjection(config.d_inner, sum(self.sizes), config.heads)
+        self.dt_proj = HeadwiseExpansion(config.d_inner, config.dt_rank)
+        self.A_log = nn.Parameter(torch.empty(config.d_inner, config.d_state, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(config.d_inner, dtype=torch.float32))
+        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.use_bias)
+
+    def forward(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+        """hidden (T, d_model), normed -> (T, d_model), the branch; `state` is updated in place."""
+        x, z = self.in_proj(hidden)
+        x = self.conv(x, batch, state.conv)
+        dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)
+        if self.mixer_rms_eps is not None:
+            dt, B, C = (kernels.rms_normalize(t, self.mixer_rms_eps) for t in (dt, B, C))
+        return self.out_proj(self._scan(x, self.dt_proj(dt), B, C, z, batch, state.ssm))
+
+    def _scan(
+        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor
+    ) -> Tensor:
+        inputs = (x, dt, self.A_log, B, C, self.D, z, self.dt_proj.bias, state)
+        if batch.decode:
+            return kernels.selective_state_update(*inputs, batch.slots)
+        return kernels.selective_scan(*inputs, batch.seq_offsets, batch.slots)

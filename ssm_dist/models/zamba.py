@@ -1,0 +1,265 @@
+"""Zamba v1 (arXiv 2405.16712): Mamba layers, some of which first call one shared transformer block."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from ssm_dist import kernels
+from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
+from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+from ssm_dist.models.mamba import exact_ratio, require_activation
+from ssm_dist.models.mixer import MambaMixer, MixerConfig
+
+
+@dataclass(frozen=True)
+class ZambaConfig:
+    """Sizes of a Zamba model."""
+
+    vocab_size: int
+    d_model: int
+    n_layers: int
+    d_inner: int
+    dt_rank: int
+    hybrid_layers: tuple[int, ...]
+    """Indices of the layers that call the shared block first."""
+    attention_heads: int
+    attention_head_dim: int
+    d_mlp: int
+    heads: int = 2
+    """Mamba heads."""
+    d_state: int = 16
+    conv_width: int = 4
+    norm_eps: float = 1e-5
+    tied_head: bool = True
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    vocab_padded: int = 0
+    """Rows of the embedding and the head, at least vocab_size; 0 for vocab_size itself."""
+
+    @property
+    def vocab_rows(self) -> int:
+        """Rows that the embedding and the head hold over all ranks."""
+        return self.vocab_padded or self.vocab_size
+
+    @property
+    def mixer(self) -> MixerConfig:
+        """Sizes of one mixer."""
+        return MixerConfig(
+            d_model=self.d_model, d_inner=self.d_inner, d_state=self.d_state, dt_rank=self.dt_rank,
+            conv_width=self.conv_width, heads=self.heads, use_bias=self.use_bias,
+            use_conv_bias=self.use_conv_bias,
+        )  # fmt: skip
+
+    @classmethod
+    def from_huggingface(cls, raw: dict[str, Any]) -> Self:
+        """From a parsed config.json of transformers."""
+        require_activation(raw, "hidden_mamba_act", "silu")
+        require_activation(raw, "hidden_act", "gelu")
+        d_model, heads = raw["hidden_size"], raw.get("num_attention_heads", 16)
+        dt_rank = raw.get("mamba_dt_rank", "auto")
+        return cls(
+            vocab_size=raw["vocab_size"],
+            d_model=d_model,
+            n_layers=raw["num_hidden_layers"],
+            d_inner=raw.get("mamba_expand", 2) * d_model,
+            dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
+            hybrid_layers=_hybrid_layers(raw),
+            attention_heads=heads,
+            attention_head_dim=raw.get("attention_head_dim") or 2 * d_model // heads,
+            d_mlp=raw["intermediate_size"],
+            heads=raw.get("n_mamba_heads", 2),
+            d_state=raw.get("mamba_d_state", 16),
+            conv_width=raw.get("mamba_d_conv", 4),
+            norm_eps=raw.get("rms_norm_eps", 1e-5),
+            tied_head=raw.get("tie_word_embeddings", True),
+            use_bias=raw.get("mamba_proj_bias", False),
+            use_conv_bias=raw.get("mamba_conv_bias", True),
+        )
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """The fields of transformers' config.json for this model."""
+        hybrid = set(self.hybrid_layers)
+        return {
+            "model_type": "zamba",
+            "architectures": ["ZambaForCausalLM"],
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.d_model,
+            "num_hidden_layers": self.n_layers,
+            "mamba_expand": exact_ratio(self.d_inner, self.d_model),
+            "mamba_dt_rank": self.dt_rank,
+            "layers_block_type": ["hybrid" if i in hybrid else "mamba" for i in range(self.n_layers)],
+            "num_attention_heads": self.attention_heads,
+            "num_key_value_heads": self.attention_heads,
+            "attention_head_dim": self.attention_head_dim,
+            "attention_hidden_size": 2 * self.d_model,
+            "intermediate_size": self.d_mlp,
+            "n_mamba_heads": self.heads,
+            "mamba_d_state": self.d_state,
+            "mamba_d_conv": self.conv_width,
+            "rms_norm_eps": self.norm_eps,
+            "tie_word_embeddings": self.tied_head,
+            "mamba_proj_bias": self.use_bias,
+            "mamba_conv_bias": self.use_conv_bias,
+            "hidden_act": "gelu",
+            "hidden_mamba_act": "silu",
+        }
+
+
+def _hybrid_layers(raw: dict[str, Any]) -> tuple[int, ...]:
+    """Layers with attention: listed, or from the period and offset that transformers counts from layer 3 on."""
+    kinds = raw.get("layers_block_type") or raw.get("layer_types")
+    if kinds is not None:
+        return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
+    period, offset = raw.get("attn_layer_period", 6), raw.get("attn_layer_offset", 4)
+    return (2, *(i + 3 for i in range(raw["num_hidden_layers"] - 3) if i % period == offset))
+
+
+class HeadLinear(nn.Module):
+    """A projection into attention heads, weight (heads, head_dim, d_in): (T, d_in) -> (T, heads, head_dim)."""
+
+    def __init__(self, d_in: int, heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(heads, head_dim, d_in))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Project to the heads held."""
+        return F.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
+
+
+class HeadMerge(nn.Module):
+    """The projection out of attention heads, weight (d_out, heads, head_dim); a shard leaves a partial sum."""
+
+    def __init__(self, heads: int, head_dim: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, heads, head_dim))
+
+    def forward(self, attended: Tensor) -> Tensor:
+        """(T, heads, head_dim) -> (T, d_out)."""
+        return F.linear(attended.flatten(1), self.weight.flatten(1))
+
+
+class Attention(nn.Module):
+    """Multi-head causal attention without positional embedding; its scale divides by sqrt(head_dim / 2)."""
+
+    def __init__(self, config: ZambaConfig) -> None:
+        super().__init__()
+        heads, head_dim = config.attention_heads, config.attention_head_dim
+        self.scale = (head_dim / 2) ** -0.5
+        self.q_proj = HeadLinear(2 * config.d_model, heads, head_dim)
+        self.k_proj = HeadLinear(2 * config.d_model, heads, head_dim)
+        self.v_proj = HeadLinear(2 * config.d_model, heads, head_dim)
+        self.o_proj = HeadMerge(heads, head_dim, config.d_model)
+
+    def forward(self, hidden: Tensor, batch: RaggedBatch, pages: KVPages) -> Tensor:
+        """hidden (T, 2 * d_model) -> (T, d_model); the new keys and values are added to `pages`."""
+        assert batch.pages is not None, "a model with attention needs a page table"
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        attended = kernels.paged_attention(
+            query, key, value, pages.keys, pages.values,
+            batch.seq_offsets, batch.positions, batch.pages, self.scale,
+        )  # fmt: skip
+        return self.o_proj(attended)
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x))."""
+
+    def __init__(self, d_model: int, d_mlp: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
+        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
+        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(T, d_model) -> (T, d_model)."""
+        return self.down_proj(F.gelu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class SharedBlock(nn.Module):
+    """The transformer block that all hybrid layers call. There is no residual inside it."""
+
+    def __init__(self, config: ZambaConfig) -> None:
+        super().__init__()
+        self.input_norm = AddRMSNorm(2 * config.d_model, config.norm_eps)
+        self.attention = Attention(config)
+        self.ff_norm = AddRMSNorm(config.d_model, config.norm_eps)
+        self.mlp = GatedMLP(config.d_model, config.d_mlp)
+
+    def forward(self, residual: Tensor, embedded: Tensor, batch: RaggedBatch, pages: KVPages) -> Tensor:
+        """The residual stream and the word embeddings, each (T, d_model) float32 -> (T, d_model)."""
+        hidden, _ = self.input_norm(None, torch.cat([residual, embedded], dim=-1))
+        hidden, _ = self.ff_norm(self.attention(hidden, batch, pages), None)
+        return self.mlp(hidden)
+
+
+class ZambaLayer(nn.Module):
+    """One norm and one mixer; a hybrid layer adds the shared block's output to the norm's input only."""
+
+    def __init__(self, config: ZambaConfig, hybrid: bool) -> None:
+        super().__init__()
+        self.norm = AddRMSNorm(config.d_model, config.norm_eps)
+        self.mixer = MambaMixer(config.mixer)
+        self.add = ResidualAdd() if hybrid else None
+        self.linear = nn.Linear(config.d_model, config.d_model, bias=False) if hybrid else None
+
+    def forward(
+        self, branch: Tensor | None, residual: Tensor, batch: RaggedBatch, state: MixerState
+    ) -> tuple[Tensor, Tensor]:
+        """As `MambaLayer`: takes and returns (branch not yet added, residual stream before it)."""
+        hidden, residual = self.norm(branch, residual)
+        return self.mixer(hidden, batch, state), residual
+
+    def hybrid(
+        self, branch: Tensor | None, residual: Tensor, embedded: Tensor, shared: SharedBlock,
+        batch: RaggedBatch, state: MixerState, pages: KVPages,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`forward` of a hybrid layer, which needs the whole residual stream and the word embeddings."""
+        assert self.add is not None and self.linear is not None
+        residual = self.add(branch, residual)
+        hidden, _ = self.norm(self.linear(shared(residual, embedded, batch, pages)), residual)
+        return self.mixer(hidden, batch, state), residual
+
+
+class Zamba(nn.Module):
+    """The language model. `head` maps rows of the output to logits over the padded vocabulary."""
+
+    def __init__(self, config: ZambaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
+        self.shared = SharedBlock(config)
+        hybrid = set(config.hybrid_layers)
+        self.layers = nn.ModuleList(ZambaLayer(config, i in hybrid) for i in range(config.n_layers))
+        self.final_norm = AddRMSNorm(config.d_model, config.norm_eps)
+        self.head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        if config.tied_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
+        """The final hidden states (T, d_model) of a batch; `state` is advanced in place."""
+        embedded = self.embedding(batch.tokens).float()
+        branch, residual, sites = None, embedded, iter(state.attention)
+        for layer, mixer in zip(self.layers, state.mixers, strict=True):
+            if layer.linear is None:
+                branch, residual = layer(branch, residual, batch, mixer)
+            else:
+                site = next(sites)
+                branch, residual = layer.hybrid(branch, residual, embedded, self.shared, batch, mixer, site)
+        return self.final_norm(branch, residual)[0]
+
+    def state_shapes(self) -> StateShapes:
+        """What this model, or this rank's shard of it, keeps for a sequence."""
+        mixer = self.layers[0].mixer
+        channels, width = mixer.conv.weight.shape
+        heads, head_dim, _ = self.shared.attention.k_proj.weight.shape
+        return StateShapes(
+            (width - 1, channels), tuple(mixer.A_log.shape), len(self.layers),
+            len(self.config.hybrid_layers), (heads, head_dim),
+        )  # fmt: skip
