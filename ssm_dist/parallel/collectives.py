@@ -1,0 +1,49 @@
+"""Reductions over ranks, as opaque custom ops: eager code, torch.compile and CUDA graphs all take them.
+
+A group travels as a string, since an op takes no process group; `register_group` gives it its name.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_groups: dict[str, dist.ProcessGroup] = {}
+
+
+def register_group(name: str, group: dist.ProcessGroup) -> str:
+    """Make `group` known to the ops below under `name`; returns the name."""
+    _groups[name] = group
+    return name
+
+
+@torch.library.custom_op("ssm_dist::tp_all_reduce", mutates_args=())
+def tp_all_reduce(x: Tensor, group: str) -> Tensor:
+    """The sum of every rank's x over `group`, the same bits on all of them, in a fresh tensor of x's dtype."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total, group=_groups[group])
+    return total
+
+
+@tp_all_reduce.register_fake
+def _(x: Tensor, group: str) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@torch.library.custom_op("ssm_dist::tp_all_gather", mutates_args=())
+def tp_all_gather(x: Tensor, group: str, degree: int) -> Tensor:
+    """Every rank's columns side by side, in rank order: x (rows, C) -> (rows, degree * C)."""
+    parts = x.new_empty((degree, *x.shape))
+    dist.all_gather_into_tensor(parts, x.contiguous(), group=_groups[group])
+    return parts.transpose(0, 1).flatten(1)
+
+
+@tp_all_gather.register_fake
+def _(x: Tensor, group: str, degree: int) -> Tensor:
+    return x.new_empty((x.shape[0], degree * x.shape[1]))
+
+
+def tp_all_max(x: Tensor, group: str) -> Tensor:
+    """The largest of every rank's x, elementwise, in a fresh tensor."""
+    largest = x.clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_groups[group])
+    return largest

@@ -1,0 +1,45 @@
+"""The ranks that share a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from ssm_dist.parallel.collectives import register_group
+
+
+@dataclass(frozen=True)
+class TensorParallel:
+    """One tensor-parallel group as seen from one of its ranks; what styles need in order to communicate."""
+
+    mesh: DeviceMesh
+    """One-dimensional, its dimension named "tp"."""
+    rank: int
+    degree: int
+    group: str
+    """Name of the group of all ranks, as `collectives` knows it."""
+
+    @classmethod
+    def over_all_ranks(cls, device_type: str) -> TensorParallel:
+        """The group of every rank of the initialised process group."""
+        degree = dist.get_world_size()
+        mesh = init_device_mesh(device_type, (degree,), mesh_dim_names=("tp",))
+        return cls(mesh, mesh.get_local_rank(), degree, register_group(f"tp{degree}", mesh.get_group()))
+
+    def subgroup(self, span: int) -> str:
+        """Name of this rank's group of `span` neighbouring ranks; all ranks must ask alike.
+
+        Groups are made once: NCCL communicators cost memory and time.
+        """
+        if span == self.degree:
+            return self.group
+        name = f"{self.group}/{span}"
+        if span not in _subgroups.setdefault(self.mesh, {}):
+            group, _ = dist.new_subgroups(group_size=span, group=self.mesh.get_group())
+            _subgroups[self.mesh][span] = register_group(name, group)
+        return name
+
+
+_subgroups: dict[DeviceMesh, dict[int, str]] = {}

@@ -1,0 +1,30 @@
+"""Mamba: channels split everywhere, two reductions a layer (x_proj's small one, and one at the next norm)."""
+
+from ssm_dist.parallel.plan import Plan
+from ssm_dist.parallel.styles import (
+    Colwise,
+    HeadwiseReduce,
+    PackedColwise,
+    ReduceAddNorm,
+    Rowwise,
+    Sharded,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+)
+
+MIXER_PLAN: Plan = {
+    "layers.*.mixer": Sharded({"A_log": 0, "D": 0}),
+    "layers.*.mixer.in_proj": PackedColwise(),
+    "layers.*.mixer.conv": Sharded({"weight": 0, "bias": 0}),
+    "layers.*.mixer.x_proj": HeadwiseReduce(),
+    "layers.*.mixer.dt_proj": Colwise(),
+    "layers.*.mixer.out_proj": Rowwise(),
+}
+
+MAMBA_PLAN: Plan = {
+    "embedding": VocabParallelEmbedding(),
+    "layers.*.norm": ReduceAddNorm(),
+    **MIXER_PLAN,
+    "final_norm": ReduceAddNorm(),
+    "head": VocabParallelHead(),
+}

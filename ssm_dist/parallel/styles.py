@@ -1,0 +1,185 @@
+"""Styles: how the parameters of one kind of module are laid out over ranks, and where it communicates.
+
+A style is applied to a module from outside. It names the dimension along which each of the module's own
+parameters is split (always evenly, in rank order), and may replace the module's forward by one that reduces.
+The module itself stays an ordinary `nn.Module` that knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_dist.kernels import add_rms_norm
+from ssm_dist.parallel.collectives import tp_all_gather, tp_all_reduce
+from ssm_dist.parallel.mesh import TensorParallel
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What a module sends over the ranks, for the plan's table."""
+
+    kind: str
+    """all-reduce, all-gather, or a note on who reduces later."""
+    width: int
+    """Numbers a token."""
+    ranks: int
+
+
+@dataclass(frozen=True)
+class Style:
+    """Replicated parameters, no communication; the base of the other styles."""
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        """Sharded dimension of each own parameter that is not replicated."""
+        return {}
+
+    def allows(self, module: nn.Module, degree: int) -> bool:
+        """Whether the degree suits the module beyond dividing its sharded dimensions."""
+        return True
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        """Add this style's communication to the module; called on all ranks in the same order."""
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        """What `install` makes the module send."""
+        return None
+
+
+class Replicated(Style):
+    """Every rank holds the whole parameters."""
+
+
+@dataclass(frozen=True)
+class Sharded(Style):
+    """Parameters split along the named dimensions: Sharded({"weight": 0, "bias": 0})."""
+
+    dims: dict[str, int] = field(default_factory=dict)
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        missing_bias = "bias" in module._parameters and module._parameters["bias"] is None
+        return {name: dim for name, dim in self.dims.items() if not (name == "bias" and missing_bias)}
+
+
+def Colwise() -> Sharded:
+    """A linear whose outputs are split: weight (d_out, ...), bias (d_out,)."""
+    return Sharded({"weight": 0, "bias": 0})
+
+
+def PackedColwise() -> Sharded:
+    """Two linears in one parameter (2, d_out, d_in), both split along their outputs."""
+    return Sharded({"weight": 1, "bias": 1})
+
+
+@dataclass(frozen=True)
+class Rowwise(Style):
+    """A linear whose inputs are split: its output is a partial sum, left for the next `ReduceAddNorm`.
+
+    A bias stays whole and is added by the first rank alone, so that the sum contains it once.
+    """
+
+    dim: int = 1
+    """The dimension of the weight that holds the inputs."""
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        return {"weight": self.dim}
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        if getattr(module, "bias", None) is not None and tp.rank > 0:
+            module.forward = lambda x: F.linear(x, module.weight)
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        return Reduction("partial, reduced at the next norm", module.weight.shape[0], degree)
+
+
+@dataclass(frozen=True)
+class ReduceAddNorm(Style):
+    """The seam between layers: reduces the branch, adds it to the residual stream, normalises.
+
+    The module has `weight`, `eps` and forward(branch | None, residual | None); see `kernels.add_rms_norm`.
+    """
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        def forward(branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            whole = None if branch is None else tp_all_reduce(branch, tp.group)
+            return add_rms_norm(whole, residual, module.weight, module.eps)
+
+        module.forward = forward
+
+
+@dataclass(frozen=True)
+class ReduceAdd(Style):
+    """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it."""
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
+            return residual if branch is None else residual + tp_all_reduce(branch, tp.group)
+
+        module.forward = forward
+
+
+@dataclass(frozen=True)
+class HeadwiseReduce(Style):
+    """x_proj: weight (channels, d_out) split by channels; the ranks that share a head sum their outputs.
+
+    With as many heads as ranks, or more, nobody reduces. The module has `heads`, counted over all ranks.
+    """
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        return {"weight": 0}
+
+    def allows(self, module: nn.Module, degree: int) -> bool:
+        return module.heads % degree == 0 or degree % module.heads == 0
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        span = self._span(module, tp.degree)
+        if span > 1:
+            group = tp.subgroup(span)
+            module.register_forward_hook(lambda _module, _inputs, output: tp_all_reduce(output, group))
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        span = self._span(module, degree)
+        return Reduction("all-reduce", module.weight.shape[1], span) if span > 1 else None
+
+    @staticmethod
+    def _span(module: nn.Module, degree: int) -> int:
+        """Ranks that share a head."""
+        return max(1, degree // module.heads)
+
+
+@dataclass(frozen=True)
+class VocabParallelEmbedding(Style):
+    """An embedding split by rows of the vocabulary; the lookup is summed exactly (one rank has the row)."""
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        return {"weight": 0}
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        def forward(tokens: Tensor) -> Tensor:
+            rows = module.weight.shape[0]
+            local = tokens - tp.rank * rows
+            mine = (local >= 0) & (local < rows)
+            found = F.embedding(torch.where(mine, local, 0), module.weight)
+            return tp_all_reduce(torch.where(mine[:, None], found, 0), tp.group)
+
+        module.forward = forward
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        return Reduction("all-reduce", module.weight.shape[1], degree)
+
+
+@dataclass(frozen=True)
+class VocabParallelHead(Style):
+    """A head split by rows of the vocabulary; every rank gets the logits of the whole vocabulary."""
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        return {"weight": 0}
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        module.register_forward_hook(lambda _module, _inputs, output: tp_all_gather(output, tp.group, tp.degree))
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        return Reduction("all-gather of sampled rows", module.weight.shape[0], degree)
