@@ -55,13 +55,13 @@ class Replicated(Style):
 
 @dataclass(frozen=True)
 class Sharded(Style):
-    """Parameters split along the named dimensions: Sharded({"weight": 0, "bias": 0})."""
+    """Parameters split along the named dimensions: Sharded({"weight": 0, "bias": 0}); a bias is optional."""
 
     dims: dict[str, int] = field(default_factory=dict)
 
     def shards(self, module: nn.Module) -> dict[str, int]:
-        missing_bias = "bias" in module._parameters and module._parameters["bias"] is None
-        return {name: dim for name, dim in self.dims.items() if not (name == "bias" and missing_bias)}
+        biasless = module._parameters.get("bias") is None
+        return {name: dim for name, dim in self.dims.items() if not (name == "bias" and biasless)}
 
 
 def Colwise() -> Sharded:
