@@ -168,8 +168,8 @@ def _check_degree(modules: dict[str, nn.Module], styles: dict[str, Style], degre
         for path, style in styles.items():
             module = modules[path]
             for name, dim in style.shards(module).items():
-                size = module._parameters[name].shape[dim]
-                if size % candidate:
+                size = module.get_parameter(name).shape[dim]
+                if size % candidate and not (style.padded and candidate != degree):
                     return f"dimension {dim} of {_join(path, name)} has {size} entries"
             if not style.allows(module, candidate):
                 return f"{path} has {module.heads} heads, which ranks cannot share evenly"

@@ -8,6 +8,7 @@ The module itself stays an ordinary `nn.Module` that knows nothing of ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ class Reduction:
 @dataclass(frozen=True)
 class Style:
     """Replicated parameters, no communication; the base of the other styles."""
+
+    padded: ClassVar[bool] = False
+    """The sharded dimension is padded to the degree by whoever builds the model (the vocabulary)."""
 
     def shards(self, module: nn.Module) -> dict[str, int]:
         """Sharded dimension of each own parameter that is not replicated."""
@@ -154,6 +158,8 @@ class HeadwiseReduce(Style):
 class VocabParallelEmbedding(Style):
     """An embedding split by rows of the vocabulary; the lookup is summed exactly (one rank has the row)."""
 
+    padded = True
+
     def shards(self, module: nn.Module) -> dict[str, int]:
         return {"weight": 0}
 
@@ -174,6 +180,8 @@ class VocabParallelEmbedding(Style):
 @dataclass(frozen=True)
 class VocabParallelHead(Style):
     """A head split by rows of the vocabulary; every rank gets the logits of the whole vocabulary."""
+
+    padded = True
 
     def shards(self, module: nn.Module) -> dict[str, int]:
         return {"weight": 0}
