@@ -1,0 +1,80 @@
+"""The command line: `infer.py` and `ssm-dist` are this program. It runs in every rank, and one rank speaks.
+
+Nothing here imports torch until a command runs or several ranks have to agree on who reports an error, so
+that `--help` and mistakes in the configuration answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from ssm_dist.commands import COMMANDS
+from ssm_dist.config import build_config
+from ssm_dist.errors import UserError
+from ssm_dist.flags import read_flags
+from ssm_dist.version import __version__
+
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that `argv` (by default sys.argv) names; returns the exit code.
+
+    A `UserError` is printed as one message without a traceback, anything else with one, from one rank.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(words)
+        return 0
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except UserError as error:
+        return _fail(f"error: {error}")
+    except Exception:
+        return _fail(traceback.format_exc().rstrip())
+
+
+def _run(words: list[str]) -> None:
+    if {"--help", "-h", "--version"} & set(words) and os.environ.get("RANK", "0") != "0":
+        return
+    if "--version" in words:
+        print(f"ssm-dist {__version__}")
+        return
+    name = words.pop(0) if words and not words[0].startswith("-") else "generate"
+    if name not in COMMANDS:
+        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
+        raise UserError(f"there is no command {name}; the nearest is {nearest} (see ssm-dist --help)")
+    command = COMMANDS[name]
+    try:
+        flags = read_flags(command.schema, words, prog=f"ssm-dist {name}", description=_describe(name))
+    except SystemExit:  # after --help
+        return
+    config = build_config(flags.pop("config", None), flags, command.schema)
+    importlib.import_module(f"ssm_dist.commands.{name}").run(config)
+    _close_ranks()
+
+
+def _describe(name: str) -> str:
+    commands = "\n".join(f"  {known:10}{command.summary}" for known, command in COMMANDS.items())
+    return f"{COMMANDS[name].summary}\n\nCommands, given as the first word:\n{commands}"
+
+
+def _close_ranks() -> None:
+    """Leave the process group, if the command has joined one."""
+    if "ssm_dist.ranks" in sys.modules:
+        sys.modules["ssm_dist.ranks"].close_ranks()
+
+
+def _fail(message: str) -> int:
+    """Print `message` from one rank, and end all of them. A single process returns its exit code."""
+    if "RANK" in os.environ:
+        from ssm_dist.ranks import fail_together
+
+        fail_together(message)
+    print(message, file=sys.stderr)
+    return 1

@@ -1,0 +1,211 @@
+"""What a job is: the schema of the TOML file and of the command line, and how the two are read.
+
+The names of sections and keys are a promise: others script against them. Relative paths, in the file as
+on the command line, are relative to the current directory.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from ssm_dist.errors import UserError
+from ssm_dist.flags import read_flags
+from ssm_dist.sampling.params import SamplingParams
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ALTERNATIVES = {"model": ("checkpoint", "preset"), "generation": ("prompts", "prompts_file")}
+"""Pairs of keys, by section, of which a job sets one."""
+
+
+class Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """A table of the TOML file; the docstring under a field is its help on the command line."""
+
+
+class ModelConfig(Section):
+    checkpoint: str | None = None
+    """A Hugging Face folder, or the id of a model on the hub."""
+
+    preset: str | None = None
+    """Build this model's real shapes with random weights, without a checkpoint (mamba-2.8b, for example)."""
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights and activations; auto takes the checkpoint's."""
+
+    @model_validator(mode="after")
+    def _names_one_model(self) -> ModelConfig:
+        if self.checkpoint is None and self.preset is None:
+            raise ValueError("no model is named; set model.checkpoint (a folder or a hub id) or model.preset")
+        if self.checkpoint is not None and self.preset is not None:
+            raise ValueError("model.checkpoint and model.preset are both set; keep one of them")
+        return self
+
+
+class ParallelConfig(Section):
+    tensor: int = Field(1, strict=True, ge=1)
+    """Tensor-parallel degree: the number of ranks. It must divide d_inner, and a hybrid model's heads."""
+
+
+class KernelsConfig(Section):
+    backend: Literal["auto", "reference", "triton", "mamba_ssm"] = "auto"
+    """Implementation of the ops; auto takes the fastest that works on this device."""
+
+
+class ReductionConfig(Section):
+    codec: Literal["none", "int8", "fp8", "int4"] = "none"
+    """Quantisation of what crosses ranks; none sends it as it is."""
+
+    group_size: Literal[32, 128] = 128
+    """Values that share a scale in a quantised reduction."""
+
+
+class CacheConfig(Section):
+    max_sequences: int = Field(16, strict=True, ge=1)
+    """State slots: sequences in flight at a time."""
+
+    max_tokens: int = Field(32768, strict=True, ge=1)
+    """Tokens of attention keys and values held at a time, over all sequences (hybrid models only)."""
+
+    state_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Type of the recurrent state; below float32 it drifts over long generations."""
+
+
+class CompileConfig(Section):
+    mode: Literal["none"] = "none"
+    """How the decode step is compiled; none runs it eagerly."""
+
+
+class PrefillConfig(Section):
+    chunk_tokens: int = Field(2048, strict=True, ge=1)
+    """Prompt tokens in one step at most; longer prompts continue from the state."""
+
+
+class GenerationConfig(SamplingParams, Section):
+    prompts: tuple[str, ...] = ()
+    """Texts to continue."""
+
+    prompts_file: Path | None = None
+    """JSONL: {"prompt": "..."} or {"prompt_token_ids": [...]} a line, any generation option beside it."""
+
+    @model_validator(mode="after")
+    def _has_one_source_of_prompts(self) -> GenerationConfig:
+        if self.prompts and self.prompts_file is not None:
+            raise ValueError("generation.prompts and generation.prompts_file are both set; keep one of them")
+        return self
+
+
+class OutputConfig(Section):
+    file: Path | None = None
+    """Write the results here as JSONL, one line a prompt in the order of the prompts."""
+
+
+class Config(Section):
+    """Everything that a job needs to know."""
+
+    model: ModelConfig
+    """Which model runs: a checkpoint or a preset, one of the two."""
+
+    parallel: ParallelConfig = ParallelConfig()
+    """How the model is spread over ranks."""
+
+    kernels: KernelsConfig = KernelsConfig()
+    """Which kernels run."""
+
+    reduction: ReductionConfig = ReductionConfig()
+    """How ranks add up their partial sums."""
+
+    cache: CacheConfig = CacheConfig()
+    """What is held for the sequences in flight."""
+
+    compile: CompileConfig = CompileConfig()
+    """Compilation of the decode step."""
+
+    prefill: PrefillConfig = PrefillConfig()
+    """How prompts are read."""
+
+    generation: GenerationConfig = GenerationConfig()
+    """What is generated, and how tokens are chosen."""
+
+    output: OutputConfig = OutputConfig()
+    """Where results go, besides the terminal."""
+
+
+_ACCEPTED = {"tuple_type": "it must be a list", "path_type": "it must be a path, as a string"}
+
+
+def load_config(path: Path | None, overrides: list[str], schema: type[Config] = Config) -> Config:
+    """Defaults, under the TOML file `path` if any, under the `--section.key value` words of `overrides`.
+
+    A subclass of `Config` as `schema` adds sections of its own. Raises `UserError`, one line a mistake.
+    """
+    flags = read_flags(schema, overrides)
+    return build_config(flags.pop("config", path), flags, schema)
+
+
+def build_config(
+    path: Path | None, flags: dict[str, dict[str, Any]], schema: type[Config] = Config
+) -> Config:
+    """As `load_config`, with the command line already read into sections of keys that were given."""
+    table = {} if path is None else _read_toml(path)
+    layers: dict[str, Any] = {"model": {}, **table}
+    for section, given in flags.items():
+        below = layers.get(section, {})
+        if isinstance(below, dict):
+            layers[section] = _without_alternatives(section, below, given) | given
+    try:
+        return schema.model_validate(layers)
+    except ValidationError as error:
+        mistakes = [_explain(schema, mistake, path, flags) for mistake in error.errors(include_url=False)]
+        raise UserError("\n".join(mistakes)) from None
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"{path} is not valid TOML: {error}") from None
+
+
+def _without_alternatives(section: str, below: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """A preset on the command line replaces the file's checkpoint, instead of contradicting it."""
+    pair = ALTERNATIVES.get(section, ())
+    return {key: value for key, value in below.items() if not (key in pair and given.keys() & set(pair))}
+
+
+def _explain(schema: type[Config], mistake: ErrorDetails, path: Path | None, flags: dict[str, Any]) -> str:
+    section, key = (str(part) for part in (*mistake["loc"], "")[:2])
+    name = f"{section}.{key}" if key else section
+    given = flags.get(section, {}).keys()
+    on_command_line = key in given if key else bool(given & set(ALTERNATIVES.get(section, ())))
+    source = path if path and not on_command_line else "command line"
+    if mistake["type"] == "extra_forbidden":
+        return f"{source}: unknown key {name}; the nearest valid one is {_nearest(schema, name)}"
+    if mistake["type"] == "value_error" and not key:
+        return f"{source}: {mistake['ctx']['error']}"
+    if mistake["type"] == "model_type":
+        return f"{path}: {name} = {mistake['input']!r} is not a section; write [{name}] and its keys below it"
+    accepted = _ACCEPTED.get(mistake["type"]) or mistake["msg"].replace("Input should be", "it must be")
+    return f"{source}: {name} = {reprlib.repr(mistake['input'])}: {accepted.removeprefix('Value error, ')}"
+
+
+def _nearest(schema: type[Config], name: str) -> str:
+    """The valid name most like `name`; a key that another section has wins."""
+    sections: dict[str, Any] = {key: field.annotation for key, field in schema.model_fields.items()}
+    keys = [f"{section}.{key}" for section, kind in sections.items() for key in kind.model_fields]
+    same_key = [known for known in keys if known.split(".")[1] == name.split(".")[-1]]
+    candidates = same_key or (keys if "." in name else [*sections, *keys])
+    return difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
