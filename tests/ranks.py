@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -82,7 +82,7 @@ _Outcome = tuple[bool, Any]
 class _Pool:
     """The parent's side of n workers."""
 
-    processes: list[BaseProcess]
+    processes: Sequence[BaseProcess]
     connections: list[Connection]
     folder: tempfile.TemporaryDirectory[str]
     """Rendezvous files, and where the ranks write their stacks when they are asked to."""
@@ -111,7 +111,9 @@ class _Pool:
         outcomes = self._collect(time.monotonic() + timeout)
         failures = {rank: text for rank, (good, text) in enumerate(outcomes) if not good}
         if failures:
-            reports = "\n".join(f"--- rank {rank} of {len(outcomes)}:\n{text}" for rank, text in failures.items())
+            reports = "\n".join(
+                f"--- rank {rank} of {len(outcomes)}:\n{text}" for rank, text in failures.items()
+            )
             raise RankError(f"{fn.__qualname__} failed\n{reports}")
         return [result for _, result in outcomes]
 
@@ -188,7 +190,7 @@ def _join(rank: int, world: int, device: Device, rendezvous: Path) -> None:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
-        store=dist.FileStore(str(rendezvous), world),
+        init_method=rendezvous.as_uri(),
         rank=rank,
         world_size=world,
         timeout=timedelta(seconds=TIMEOUT),
