@@ -1,10 +1,11 @@
 """Gumbel noise that is a function of (seed, position, token id) and of nothing else.
 
 The bits are SplitMix64's (Steele, Lea and Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA
-2014, section 5, with the mixer of Stafford's "variant 13"): a counter-based generator, whose n-th output is a
-hash of seed + n * GAMMA. Two of them are chained: the token's noise is output number `token id` of the generator
-seeded with output number `position` of the generator seeded with the request's seed. Integer arithmetic modulo
-2**64 gives the same bits on every device, and no counter is kept, so a row knows nothing of its batch or slot.
+2014, section 5, with the mixer of Stafford's "variant 13"): a counter-based generator, whose n-th output is
+a hash of seed + n * GAMMA. Two of them are chained: the token's noise is output number `token id` of the
+generator seeded with output number `position` of the generator seeded with the request's seed. Integer
+arithmetic modulo 2**64 gives the same bits on every device, and no counter is kept, so a row knows nothing of
+its batch or its slot.
 """
 
 import torch

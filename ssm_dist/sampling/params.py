@@ -34,7 +34,7 @@ class SamplingParams(BaseModel, frozen=True, extra="forbid"):
     """Sample from the tokens at least min_p times as likely as the most likely one; 0 is off."""
 
     repetition_penalty: float = Field(1.0, strict=True, gt=0.0, allow_inf_nan=False)
-    """Divides positive and multiplies negative logits of tokens in the prompt or the answer so far; 1 is off."""
+    """Divides positive and multiplies negative logits of tokens in the prompt or generated; 1 is off."""
 
     seed: int = Field(0, strict=True, ge=0, lt=2**64)
     """With the position and the token id, the only source of randomness of this request."""

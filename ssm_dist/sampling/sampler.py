@@ -1,7 +1,8 @@
 """The sampler of a batch: parameters indexed by slot on the device, tokens chosen without asking the host.
 
 Everything that `Sampler.sample` does depends on device tensors and on `Sampler.work`, which the host changes
-when requests come and go. So a step can be compiled whole, and captured in a CUDA graph for each value of `work`.
+when requests come and go. So a step can be compiled whole, and captured in a CUDA graph for each value of
+`work`.
 """
 
 import math
@@ -85,8 +86,8 @@ class Sampler:
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Sampled:
         """Choose a token for each row, and record it for the row's repetition penalty.
 
-        logits (S, vocab_size) of any float dtype; slots (S,) int, the slot of each row; positions (S,) int64, the
-        place that the new token takes in its sequence.
+        logits (S, vocab_size) of any float dtype; slots (S,) int, the slot of each row; positions (S,) int64,
+        the place that the new token takes in its sequence.
         """
         logits, slots = logits.float(), slots.long()
         scores = self._penalised(logits, slots)
@@ -122,7 +123,7 @@ class Sampler:
         self._seen[slot, torch.tensor(token_ids, dtype=torch.int64, device=self.device)] = True
 
     def _penalised(self, logits: Tensor, slots: Tensor) -> Tensor:
-        """Repetition penalty of CTRL (Keskar et al. 2019, section 4.1); negative logits are multiplied by it."""
+        """Repetition penalty of CTRL (Keskar et al. 2019, section 4.1); it multiplies negative logits."""
         if not self.work.penalise:
             return logits
         assert self._seen is not None
@@ -146,9 +147,9 @@ def within_rank(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     """The tokens (S, V) bool that top-k and then top-p keep.
 
     scores (S, V) float32 are log-probabilities up to a constant, with row maximum 0; top_k (S, 1) int64 in
-    1..V; top_p (S, 1) float64 in (0, 1]. Top-k keeps everything tied with the k-th token; top-p keeps the fewest
-    tokens that reach it, the lowest ids among equals. Probabilities are added in fixed point, where order does
-    not matter: a float cumulative sum on a GPU differs from run to run, and with the shape of the batch.
+    1..V; top_p (S, 1) float64 in (0, 1]. Top-k keeps everything tied with the k-th token; top-p keeps the
+    fewest tokens that reach it, the lowest ids among equals. Probabilities are added in fixed point, where
+    order does not matter: a float cumulative sum on a GPU differs from run to run, and with the batch's shape.
     """
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     in_top_k = ordered >= ordered.gather(-1, top_k - 1)
