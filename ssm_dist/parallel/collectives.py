@@ -47,3 +47,16 @@ def tp_all_max(x: Tensor, group: str) -> Tensor:
     largest = x.clone()
     dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_groups[group])
     return largest
+
+
+def broadcast_bytes(data: bytes, group: str, device: torch.device) -> bytes:
+    """Rank 0's `data`, on every rank of the group."""
+    handle = _groups[group]
+    size = torch.tensor([len(data)], device=device)
+    dist.broadcast(size, group_src=0, group=handle)
+    buffer = torch.zeros(int(size), dtype=torch.uint8, device=device)
+    if dist.get_rank(handle) == 0:
+        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    if buffer.numel():
+        dist.broadcast(buffer, group_src=0, group=handle)
+    return buffer.cpu().numpy().tobytes()

@@ -1,0 +1,164 @@
+"""From a configuration to a loaded model: the one place where ranks, model, plan and checkpoint meet."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ssm_dist.checkpoint.folder import Checkpoint, open_checkpoint
+from ssm_dist.checkpoint.load import load_parameters, resolve_dtype
+from ssm_dist.checkpoint.random_weights import random_parameters
+from ssm_dist.config import Config
+from ssm_dist.errors import UserError
+from ssm_dist.kernels import backend
+from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
+from ssm_dist.ranks import Ranks, init_ranks
+from ssm_dist.registry import ModelConfig, ModelSpec, preset, spec_for
+from ssm_dist.text import Tokenizer
+
+VOCAB_MULTIPLE = 8
+"""Rows of the vocabulary on a rank are a multiple of this, as fast GEMMs want."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a configuration names: an architecture with its sizes, and a checkpoint unless it is a preset."""
+
+    spec: ModelSpec
+    config: ModelConfig
+    """With the vocabulary padded to the degree."""
+    checkpoint: Checkpoint | None
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """One rank's shard, ready to run, and all that is known of it."""
+
+    model: nn.Module
+    """Of local tensors."""
+    spec: ModelSpec
+    config: ModelConfig
+    plan: ResolvedPlan
+    """Where every parameter lives."""
+    tp: TensorParallel | None
+    """None for a single rank."""
+    checkpoint: Checkpoint | None
+    tokenizer: Tokenizer | None
+    eos_ids: frozenset[int]
+    dtype: torch.dtype
+    state_dtype: torch.dtype
+    device: torch.device
+    kernels: str
+    """The backend that runs."""
+
+
+def load_model(config: Config) -> LoadedModel:
+    """Join the ranks, check everything that can be checked, then load this rank's shard.
+
+    Collective: every rank of [parallel] tensor calls it alike. Raises `UserError` for whatever does not fit:
+    world size, checkpoint, degree, memory.
+    """
+    ranks = init_ranks(config.parallel.tensor, device_type())
+    kernels = backend.select(config.kernels.backend)
+    source = open_source(config, ranks.device.type, ranks)
+    model = build_meta(source)
+    tp = TensorParallel.over_all_ranks(ranks.device.type) if ranks.world > 1 else None
+    plan = resolve_plan(model, source.spec.plan, 1) if tp is None else apply_plan(model, tp, source.spec.plan)
+    _load(model, source, ranks)
+    localise(model)
+    checkpoint = source.checkpoint
+    tokenizer = None if checkpoint is None else Tokenizer.from_folder(checkpoint.folder)
+    return LoadedModel(
+        model=model.eval(), spec=source.spec, config=source.config, plan=plan, tp=tp, checkpoint=checkpoint,
+        tokenizer=tokenizer, eos_ids=_eos_ids(checkpoint, tokenizer), dtype=source.dtype,
+        state_dtype=getattr(torch, config.cache.state_dtype), device=ranks.device, kernels=kernels,
+    )  # fmt: skip
+
+
+def device_type() -> str:
+    """"cuda" where every rank of this host can have a GPU of its own, else "cpu"."""
+    ranks_here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+    chosen = "cuda" if gpus >= ranks_here else "cpu"
+    logger.info("device: %s (%d GPUs for %d ranks on this host)", chosen, gpus, ranks_here)
+    return chosen
+
+
+def open_source(config: Config, device_type: str, ranks: Ranks | None = None) -> Source:
+    """Find the model that [model] names; its weights are not touched. Without `ranks` for one process."""
+    asked, degree = config.model, config.parallel.tensor
+    if asked.preset is not None:
+        spec, sizes = preset(asked.preset)
+        automatic = torch.bfloat16 if device_type == "cuda" else torch.float32
+        dtype = automatic if asked.dtype == "auto" else getattr(torch, asked.dtype)
+        return Source(spec, _padded(sizes, degree), None, dtype)
+    assert asked.checkpoint is not None
+    together = ranks is not None and ranks.world > 1
+    checkpoint = open_checkpoint(
+        asked.checkpoint,
+        downloads=ranks is None or ranks.local_rank == 0,
+        barrier=dist.barrier if together else lambda: None,
+    )
+    spec = spec_for(_model_type(checkpoint))
+    try:
+        sizes = spec.config.from_huggingface(checkpoint.config)
+    except KeyError as error:
+        raise UserError(f"{checkpoint.folder / 'config.json'} lacks {error}") from None
+    return Source(spec, _padded(sizes, degree), checkpoint, resolve_dtype(asked.dtype, checkpoint))
+
+
+def build_meta(source: Source) -> nn.Module:
+    """The whole model on the meta device: shapes and dtypes without memory."""
+    with torch.device("meta"), _default_dtype(source.dtype):
+        return source.spec.build(source.config)
+
+
+def _load(model: nn.Module, source: Source, ranks: Ranks) -> None:
+    weights = source.spec.weights(source.config)
+    if source.checkpoint is None:
+        random_parameters(model, weights, device=ranks.device, dtype=source.dtype)
+        return
+    load_parameters(
+        model, source.checkpoint, weights, device=ranks.device, dtype=source.dtype, progress=ranks.rank == 0
+    )
+
+
+def _padded(sizes: ModelConfig, degree: int) -> ModelConfig:
+    """The sizes with a vocabulary that every rank holds an equal part of."""
+    multiple = degree * VOCAB_MULTIPLE if degree > 1 else 1
+    return replace(sizes, vocab_padded=-(-sizes.vocab_size // multiple) * multiple)
+
+
+def _model_type(checkpoint: Checkpoint) -> str:
+    """config.json's model_type; the original state-spaces spelling has none."""
+    if "model_type" not in checkpoint.config and "ssm_cfg" in checkpoint.config:
+        return "mamba"
+    return checkpoint.config.get("model_type", "(none in config.json)")
+
+
+def _eos_ids(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> frozenset[int]:
+    if tokenizer is not None:
+        return frozenset(tokenizer.eos_ids)
+    eos: Any = None if checkpoint is None else checkpoint.config.get("eos_token_id")
+    return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(previous)

@@ -1,0 +1,116 @@
+"""`ssm-dist`: continue prompts, stream the text, write the results, say how fast it went."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+
+from ssm_dist.config import Config
+from ssm_dist.errors import UserError
+from ssm_dist.generation import Collector, Completion, TokenEvent
+from ssm_dist.llm import LLM
+from ssm_dist.report import run_table
+from ssm_dist.requests import Request, read_lines
+from ssm_dist.sampling.params import SamplingParams
+
+
+def run(config: Config) -> None:
+    """Answer the configuration's prompts. Every rank runs this; rank 0 speaks."""
+    options = config.generation
+    if not options.prompts and options.prompts_file is None:
+        raise UserError("there is nothing to do: set generation.prompts or generation.prompts_file")
+    lines = [] if options.prompts_file is None else read_lines(options.prompts_file)
+    base = SamplingParams(**{name: getattr(options, name) for name in SamplingParams.model_fields})
+    if config.output.file is not None:
+        _check_writable(config.output.file)
+    llm = LLM.from_config(config)
+    speaks = llm.loaded.tp is None or llm.loaded.tp.rank == 0
+    logging.getLogger(__name__).info("reductions: %s", llm.reduction)
+    requests = (
+        llm.prepare_lines(lines, base) if lines else llm.prepare(list(options.prompts), [base] * len(options.prompts))
+    )
+    collector = Collector(requests, with_text=llm.tokenizer is not None)
+    printer = Printer(requests, Console(highlight=False, markup=False)) if speaks else None
+    for event in llm.run(requests):
+        collector.add(event)
+        if printer is not None:
+            printer.add(event)
+    if speaks:
+        if config.output.file is not None:
+            _write(config.output.file, collector.completions)
+        Console().print(run_table(llm, collector.completions))
+
+
+class Printer:
+    """Shows texts as they come, one request after the other: a later one waits for its turn."""
+
+    def __init__(self, requests: list[Request], console: Console) -> None:
+        self._console = console
+        self._order = [request.index for request in requests]
+        self._prompts = {request.index: request.prompt for request in requests}
+        self._held: dict[int, list[TokenEvent]] = defaultdict(list)
+        self._open = False
+
+    def add(self, event: TokenEvent) -> None:
+        """Take in an event, and show what is its turn."""
+        self._held[event.index].append(event)
+        while self._order and self._held[self._order[0]]:
+            if self._show(self._held[self._order[0]].pop(0)):
+                self._order.pop(0)
+
+    def _show(self, event: TokenEvent) -> bool:
+        """Print one event; True when it is the last of its request."""
+        if not self._open:
+            prompt = self._prompts[event.index]
+            self._console.print(f"[{event.index}] ", style="bold cyan", end="")
+            self._console.print(prompt or "", style="dim", end="", soft_wrap=True)
+            self._open = True
+        if event.error is not None:
+            self._console.print(f"error: {event.error}", style="red", end="", soft_wrap=True)
+        elif self._prompts[event.index] is None:
+            self._console.print(f"{event.token_id} ", end="", soft_wrap=True)
+        else:
+            self._console.print(event.text, end="", soft_wrap=True)
+        self._console.file.flush()
+        if event.finish_reason is not None:
+            self._console.print("\n")
+            self._open = False
+        return event.finish_reason is not None
+
+
+def _check_writable(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"[output] file: there is no folder {path.parent}")
+
+
+def _write(path: Path, completions: list[Completion]) -> None:
+    """One JSON object a line, in the order of the prompts."""
+    with path.open("w", encoding="utf-8") as file:
+        for completion in completions:
+            _write_line(file, completion)
+
+
+def _write_line(file: TextIO, completion: Completion) -> None:
+    record: dict[str, object] = {"index": completion.index}
+    if completion.error is not None:
+        record["error"] = completion.error
+    else:
+        if completion.prompt is None:
+            record["prompt_token_ids"] = completion.prompt_token_ids
+        else:
+            record["prompt"] = completion.prompt
+        record |= {
+            "token_ids": completion.token_ids,
+            "text": completion.text,
+            "finish_reason": completion.finish_reason,
+            "seconds_to_first_token": completion.seconds_to_first_token,
+            "seconds": completion.seconds,
+        }
+        if completion.logprobs:
+            record |= {"logprobs": completion.logprobs, "top_logprobs": completion.top_logprobs}
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")

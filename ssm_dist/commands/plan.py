@@ -1,0 +1,61 @@
+"""`ssm-dist plan`: what a plan does to a model at a degree, without weights, GPUs or ranks."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from rich.console import Console
+from rich.table import Table
+
+from ssm_dist.build import build_meta, open_source
+from ssm_dist.config import Config
+from ssm_dist.parallel import ParameterPlacement, ResolvedPlan, resolve_plan
+from ssm_dist.report import size
+
+
+def run(config: Config) -> None:
+    """Print the placements and reductions of [model] at [parallel] tensor, in one process."""
+    source = open_source(config, "cuda")
+    plan = resolve_plan(build_meta(source), source.spec.plan, config.parallel.tensor)
+    console = Console()
+    console.print(_parameters(plan, config.parallel.tensor))
+    console.print(_reductions(plan))
+    total = sum(p.local_bytes for p in plan.parameters)
+    console.print(f"weights a rank: {size(total)}")
+
+
+def _parameters(plan: ResolvedPlan, degree: int) -> Table:
+    """One row for all layers that are alike."""
+    groups: dict[tuple[object, ...], list[ParameterPlacement]] = {}
+    for p in plan.parameters:
+        groups.setdefault((_pattern(p.path), p.shape, p.dim, p.dtype), []).append(p)
+    table = Table(title=f"Parameters at degree {degree}", title_justify="left")
+    for column in ("parameter", "count", "shape", "dtype", "placement", "shape a rank", "bytes a rank"):
+        table.add_column(column, justify="right" if column in ("count", "bytes a rank") else "left")
+    for (path, *_), alike in groups.items():
+        first = alike[0]
+        placement = "Replicate()" if first.dim is None else f"Shard({first.dim})"
+        table.add_row(
+            str(path), str(len(alike)), _shape(first.shape), str(first.dtype)[6:], placement,
+            _shape(first.local_shape), size(len(alike) * first.local_bytes),
+        )  # fmt: skip
+    return table
+
+
+def _reductions(plan: ResolvedPlan) -> Table:
+    table = Table(title="Reductions", title_justify="left")
+    for column in ("module", "count", "what", "numbers a token", "ranks"):
+        table.add_column(column, justify="right" if column in ("count", "numbers a token", "ranks") else "left")
+    counted = Counter((_pattern(path), r.kind, r.width, r.ranks) for path, r in plan.reductions.items())
+    for (path, kind, width, ranks), count in counted.items():
+        table.add_row(path, str(count), kind, str(width), str(ranks))
+    return table
+
+
+def _pattern(path: str) -> str:
+    return re.sub(r"\.\d+\.", ".*.", path)
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,43 @@
+"""`ssm-dist score`: how likely the model finds the texts given as prompts."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+from rich.console import Console
+from rich.table import Table
+
+from ssm_dist.config import Config
+from ssm_dist.errors import UserError
+from ssm_dist.llm import LLM
+from ssm_dist.requests import parse_line, read_lines
+from ssm_dist.sampling.params import SamplingParams
+
+
+def run(config: Config) -> None:
+    """Score the prompts; with [output] file, write token ids and log-probabilities as JSONL besides."""
+    options = config.generation
+    if not options.prompts and options.prompts_file is None:
+        raise UserError("there is nothing to score: set generation.prompts or generation.prompts_file")
+    texts = list(options.prompts)
+    if options.prompts_file is not None:
+        texts = [parse_line(line, SamplingParams())[0] for line in read_lines(options.prompts_file)]
+    llm = LLM.from_config(config)
+    scores = llm.score(texts)
+    if llm.loaded.tp is not None and llm.loaded.tp.rank > 0:
+        return
+    table = Table("text", "tokens", "log-probability", "perplexity")
+    for index, score in enumerate(scores):
+        table.add_row(str(index), str(len(score.token_ids)), f"{sum(score.log_probs):.4f}", f"{score.perplexity:.4f}")
+    everything = [p for score in scores for p in score.log_probs]
+    if everything:
+        overall = math.exp(-sum(everything) / len(everything))
+        table.add_row("all", str(len(everything)), f"{sum(everything):.4f}", f"{overall:.4f}")
+    Console().print(table)
+    if config.output.file is not None:
+        with config.output.file.open("w", encoding="utf-8") as file:
+            for index, score in enumerate(scores):
+                record = {"index": index, **asdict(score), "perplexity": score.perplexity}
+                file.write(json.dumps(record) + "\n")

@@ -1,0 +1,160 @@
+"""The loop from requests to tokens, and what comes out of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ssm_dist.engine import Engine
+from ssm_dist.requests import Request
+from ssm_dist.sampling.sampler import Sampled
+from ssm_dist.scheduler import Scheduler, Sequence
+from ssm_dist.text import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class TokenEvent:
+    """One new token of one request, or the news that a request cannot run."""
+
+    index: int
+    """Of the request."""
+    token_id: int | None = None
+    text: str = ""
+    """What may be shown now: whole characters, nothing that a stop string may still cut off."""
+    finish_reason: str | None = None
+    """None while the request runs; "stop" (end of sequence or a stop string), "length" or "error"."""
+    error: str | None = None
+    logprob: float | None = None
+    """Natural logarithm of the token's probability, when asked for."""
+    top_logprobs: dict[int, float] | None = None
+    """The most likely tokens, as many as asked for."""
+
+
+@dataclass
+class Completion:
+    """The whole answer to one request."""
+
+    index: int
+    prompt: str | None
+    prompt_token_ids: list[int]
+    token_ids: list[int] = field(default_factory=list)
+    text: str | None = None
+    """None without a tokenizer."""
+    finish_reason: str | None = None
+    error: str | None = None
+    logprobs: list[float] = field(default_factory=list)
+    """One a token, when asked for."""
+    top_logprobs: list[dict[int, float]] = field(default_factory=list)
+    seconds_to_first_token: float | None = None
+    """From the start of the run to the first token of this request, waiting included."""
+    seconds: float | None = None
+    """From the start of the run to the last token."""
+
+
+class Collector:
+    """Gathers events into completions, with the times at which they came."""
+
+    def __init__(self, requests: Iterable[Request], *, with_text: bool) -> None:
+        self._begin = time.perf_counter()
+        self._completions = {
+            r.index: Completion(r.index, r.prompt, r.token_ids, text="" if with_text else None) for r in requests
+        }
+
+    @property
+    def completions(self) -> list[Completion]:
+        """In the order of the requests."""
+        return list(self._completions.values())
+
+    def add(self, event: TokenEvent) -> None:
+        """Take in one event."""
+        completion, now = self._completions[event.index], time.perf_counter() - self._begin
+        if event.token_id is not None:
+            completion.token_ids.append(event.token_id)
+            completion.seconds = now
+            if completion.seconds_to_first_token is None:
+                completion.seconds_to_first_token = now
+        if completion.text is not None:
+            completion.text += event.text
+        if event.logprob is not None and event.top_logprobs is not None:
+            completion.logprobs.append(event.logprob)
+            completion.top_logprobs.append(event.top_logprobs)
+        completion.finish_reason, completion.error = event.finish_reason, event.error
+
+
+class Run:
+    """One batch of requests on its way through the engine."""
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int], chunk_tokens: int) -> None:
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._scheduler = Scheduler(engine.cache, chunk_tokens)
+        self._streams: dict[int, TextStream] = {}
+
+    def events(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
+        """Run all requests to their end, yielding tokens as they are sampled. Slots are given back in any case."""
+        active: dict[int, Sequence] = {}
+        for request in requests:
+            if request.error is not None:
+                yield TokenEvent(request.index, finish_reason="error", error=request.error)
+                continue
+            active[request.index] = Sequence(request.index, request.token_ids, request.params)
+            self._scheduler.add(active[request.index])
+            if self._tokenizer is not None:
+                self._streams[request.index] = TextStream(self._tokenizer, request.params.stop)
+        try:
+            while active:
+                for event in self._step():
+                    if event.finish_reason is not None:
+                        self._end(active.pop(event.index))
+                    yield event
+        finally:
+            for sequence in active.values():
+                self._end(sequence)
+
+    def _step(self) -> list[TokenEvent]:
+        admitted, step = self._scheduler.next_step()
+        for sequence in admitted:
+            self._engine.sampler.admit(sequence.slot, sequence.params, sequence.prompt_ids)
+        assert step is not None, "requests are active, but the scheduler has nothing to do"
+        chunks, sampled = self._engine.run(step)
+        return [] if sampled is None else self._events_of([c.sequence for c in chunks], sampled)
+
+    def _events_of(self, sequences: list[Sequence], sampled: Sampled) -> list[TokenEvent]:
+        logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
+        top_ids = None if sampled.top_ids is None else sampled.top_ids.tolist()
+        top = None if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
+        events = []
+        for row, (sequence, token_id) in enumerate(zip(sequences, sampled.ids.tolist(), strict=True)):
+            sequence.token_ids.append(token_id)
+            text, reason = self._text_and_end(sequence, token_id)
+            wanted = sequence.params.logprobs
+            if wanted is None or logprobs is None or top_ids is None or top is None:
+                events.append(TokenEvent(sequence.index, token_id, text, reason))
+                continue
+            likely = dict(zip(top_ids[row][:wanted], top[row][:wanted], strict=True))
+            events.append(
+                TokenEvent(sequence.index, token_id, text, reason, logprob=logprobs[row], top_logprobs=likely)
+            )
+        return events
+
+    def _text_and_end(self, sequence: Sequence, token_id: int) -> tuple[str, str | None]:
+        """The text that a new token completes, and why the sequence ends with it, if it does."""
+        stream = self._streams.get(sequence.index)
+        text = "" if stream is None else stream.push(token_id)
+        reason = None
+        if stream is not None and stream.stopped is not None:
+            reason = "stop"
+        elif token_id in self._eos_ids and not sequence.params.ignore_eos:
+            reason = "stop"
+        elif len(sequence.token_ids) == sequence.params.max_new_tokens:
+            reason = "length"
+        if reason is not None and stream is not None:
+            text += stream.finish()
+        return text, reason
+
+    def _end(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self._engine.sampler.release(sequence.slot)
+        self._scheduler.finish(sequence)

@@ -1,0 +1,183 @@
+"""The Python API: a loaded model that generates, streams and scores."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+from typing_extensions import Self
+
+from ssm_dist.build import LoadedModel, load_model
+from ssm_dist.config import Config
+from ssm_dist.engine import Engine
+from ssm_dist.errors import UserError
+from ssm_dist.generation import Collector, Completion, Run, TokenEvent
+from ssm_dist.parallel.collectives import broadcast_bytes
+from ssm_dist.requests import Prompt, Request, parse_line, prepare
+from ssm_dist.sampling.params import SamplingParams
+from ssm_dist.sampling.sampler import Sampler
+from ssm_dist.score import Score, score_tokens
+from ssm_dist.state_cache import StateCache
+from ssm_dist.text import Tokenizer
+
+
+class LLM:
+    """A model on this rank, with its state cache. Under torchrun every rank makes the same calls.
+
+    The prompts of rank 0 count, and every rank returns the same results.
+    """
+
+    def __init__(self, loaded: LoadedModel, config: Config) -> None:
+        self.config = config
+        self.loaded = loaded
+        self.model: nn.Module = loaded.model
+        """This rank's shard; an ordinary module of local tensors."""
+        self.tokenizer: Tokenizer | None = loaded.tokenizer
+        self.cache = StateCache(
+            self.model.state_shapes(),
+            max_sequences=config.cache.max_sequences,
+            max_tokens=config.cache.max_tokens,
+            dtype=loaded.dtype,
+            state_dtype=loaded.state_dtype,
+            device=loaded.device,
+        )
+        vocab_size = loaded.config.vocab_size
+        sampler = Sampler(config.cache.max_sequences, vocab_size, loaded.device)
+        self.engine = Engine(self.model, self.cache, sampler, vocab_size)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the parameters that this rank holds."""
+        return sum(p.nbytes for p in self.model.parameters())
+
+    @property
+    def reduction(self) -> str:
+        """Which reduction runs between ranks, for people."""
+        if self.loaded.tp is None:
+            return "none (one rank)"
+        return f"{dist.get_backend()} all-reduce, codec {self.config.reduction.codec}"
+
+    @classmethod
+    def from_config(cls, config: Config) -> Self:
+        """Load what a configuration names; see `load_model` for the errors."""
+        return cls(load_model(config), config)
+
+    @classmethod
+    def from_pretrained(
+        cls, checkpoint: str | Path, *, tensor_parallel: int | None = None, **sections: dict[str, Any]
+    ) -> Self:
+        """Load a Hugging Face folder or hub id.
+
+        tensor_parallel: the degree; by default the number of ranks that torchrun started. Sections of the
+        configuration are given as dictionaries: from_pretrained(folder, cache={"max_sequences": 64}).
+        """
+        degree = tensor_parallel or int(os.environ.get("WORLD_SIZE", "1"))
+        model = {"checkpoint": str(checkpoint)} | sections.pop("model", {})
+        return cls.from_config(Config.model_validate({"model": model, "parallel": {"tensor": degree}, **sections}))
+
+    def generate(
+        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> list[Completion]:
+        """Answer all prompts; the completions are in their order.
+
+        params: one for all, or one a prompt. Raises `UserError` for the first prompt that cannot run, before
+        any of them does.
+        """
+        requests = self._strict(prompts, params)
+        collector = Collector(requests, with_text=self.tokenizer is not None)
+        for event in self.run(requests):
+            collector.add(event)
+        return collector.completions
+
+    def stream(
+        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+    ) -> Iterator[TokenEvent]:
+        """Answer all prompts, yielding each token as it is sampled; ranks iterate alike.
+
+        Raises as `generate`.
+        """
+        yield from self.run(self._strict(prompts, params))
+
+    def score(self, texts: list[str | list[int]]) -> list[Score]:
+        """Log-probabilities and perplexity of texts, or of token ids. Raises `UserError` as `generate`."""
+        requests = self._strict(list(texts), SamplingParams(max_new_tokens=1))
+        chunk, vocab_size = self.config.prefill.chunk_tokens, self.loaded.config.vocab_size
+        return [
+            score_tokens(self.engine, self.loaded.tp, request.token_ids, vocab_size, chunk)
+            for request in requests
+        ]
+
+    def prepare_lines(self, lines: list[str], base: SamplingParams) -> list[Request]:
+        """Requests of a prompts file's lines; one that cannot run carries its `error`."""
+
+        def one(index: int, line: str) -> Request:
+            return self._prepare(*parse_line(line, base), index)
+
+        return self._from_rank_0(lambda: [_or_error(one, index, line) for index, line in enumerate(lines)])
+
+    def prepare(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
+        """Requests of prompts; one that cannot run carries its `error`."""
+
+        def one(index: int, item: tuple[Prompt, SamplingParams]) -> Request:
+            return self._prepare(*item, index)
+
+        pairs = zip(prompts, params, strict=True)
+        return self._from_rank_0(lambda: [_or_error(one, index, item) for index, item in enumerate(pairs)])
+
+    def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
+        """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike."""
+        chunk = self.config.prefill.chunk_tokens
+        return Run(self.engine, self.tokenizer, self.loaded.eos_ids, chunk).events(requests)
+
+    def _strict(
+        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None
+    ) -> list[Request]:
+        listed = _as_list(prompts)
+        each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
+        if len(each) != len(listed):
+            raise UserError(f"{len(listed)} prompts with {len(each)} sampling params; give one, or one a prompt")
+        requests = self.prepare(listed, each)
+        for request in requests:
+            if request.error is not None:
+                raise UserError(f"prompt {request.index}: {request.error}")
+        return requests
+
+    def _prepare(self, prompt: Prompt, params: SamplingParams, index: int) -> Request:
+        request = prepare(prompt, params, index, self.tokenizer, self.loaded.config.vocab_size)
+        most = len(request.token_ids) + params.max_new_tokens - 1
+        if self.cache.paged and most > self.cache.max_tokens:
+            raise UserError(
+                f"a prompt of {len(request.token_ids)} tokens with max_new_tokens = {params.max_new_tokens} "
+                f"may need {most} tokens of keys and values; [cache] max_tokens allows {self.cache.max_tokens}"
+            )
+        return request
+
+    def _from_rank_0(self, make: Any) -> list[Request]:
+        """What `make` returns on rank 0, on every rank."""
+        tp = self.loaded.tp
+        if tp is None:
+            return make()
+        fields = [asdict(r) | {"params": r.params.model_dump()} for r in make()] if tp.rank == 0 else []
+        data = broadcast_bytes(json.dumps(fields).encode(), tp.group, self.loaded.device)
+        return [Request(**f | {"params": SamplingParams.model_validate(f["params"])}) for f in json.loads(data)]
+
+
+def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+    """A single prompt, token ids included, as a list of one."""
+    if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def _or_error(make: Any, index: int, item: Any) -> Request:
+    """make(index, item), or a request that carries the reason why it cannot run."""
+    try:
+        return make(index, item)
+    except UserError as error:
+        return Request(index, None, [], SamplingParams(), error=str(error))

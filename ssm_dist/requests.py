@@ -1,0 +1,108 @@
+"""Prompts and the options beside them: their forms, their validation, and JSONL files of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ssm_dist.errors import UserError
+from ssm_dist.sampling.params import SamplingParams
+from ssm_dist.text import Tokenizer
+
+Prompt = str | list[int] | dict[str, Any]
+"""A text, token ids, or {"messages": [{"role": ..., "content": ...}, ...]} for the chat template."""
+
+PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt ready to run, or the reason why it cannot."""
+
+    index: int
+    prompt: str | None
+    """The text as given, or as the chat template made it; None for token ids."""
+    token_ids: list[int]
+    params: SamplingParams
+    error: str | None = None
+
+
+def prepare(
+    prompt: Prompt, params: SamplingParams, index: int, tokenizer: Tokenizer | None, vocab_size: int
+) -> Request:
+    """Tokenise and check one prompt. Raises `UserError` that says what is wrong with it."""
+    text: str | None = None
+    if isinstance(prompt, dict):
+        text = _need(tokenizer, "a messages prompt").apply_chat_template(prompt["messages"])
+        # the template spells out its special tokens, so encoding must not add them again
+        token_ids = _need(tokenizer, "a messages prompt").encode(text, add_special_tokens=False)
+    elif isinstance(prompt, str):
+        text, token_ids = prompt, _need(tokenizer, "a text prompt").encode(prompt)
+    else:
+        token_ids = _check_ids(prompt)
+    if not token_ids:
+        raise UserError("the prompt is empty; give at least one token")
+    outside = [i for i in token_ids if not 0 <= i < vocab_size]
+    if outside:
+        raise UserError(f"token id {outside[0]} is out of range; the vocabulary has ids 0 to {vocab_size - 1}")
+    if params.stop and tokenizer is None:
+        raise UserError("stop strings need a tokenizer, and this model has none; use max_new_tokens")
+    return Request(index, text, token_ids, params)
+
+
+def parse_line(line: str, base: SamplingParams) -> tuple[Prompt, SamplingParams]:
+    """One line of a prompts file: its prompt, and `base` with the line's own options over it.
+
+    Raises `UserError` that says what is wrong with the line.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise UserError('not a JSON object; write {"prompt": "..."} or {"prompt_token_ids": [...]}')
+    given = [key for key in PROMPT_KEYS if key in record]
+    if len(given) != 1:
+        raise UserError(f"give exactly one of {', '.join(PROMPT_KEYS)}; this line has {given or 'none'}")
+    value = record.pop(given[0])
+    if given[0] == "prompt" and not isinstance(value, str):
+        raise UserError("prompt must be a string; use prompt_token_ids for token ids")
+    if given[0] != "prompt" and not isinstance(value, list):
+        raise UserError(f"{given[0]} must be a list")
+    return ({"messages": value} if given[0] == "messages" else value), _override(base, record)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a prompts file that are not blank. Raises `UserError` when it cannot be read or has none."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"[generation] prompts_file: cannot read {path}: {error}") from None
+    if not lines:
+        raise UserError(f"[generation] prompts_file: {path} has no prompts")
+    return lines
+
+
+def _override(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
+    known = {name: getattr(base, name) for name in SamplingParams.model_fields}
+    try:
+        return SamplingParams.model_validate(known | options)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
+    if tokenizer is None:
+        raise UserError(f"{what} needs a tokenizer, and this model has no tokenizer.json; use prompt_token_ids")
+    return tokenizer
+
+
+def _check_ids(prompt: Any) -> list[int]:
+    if not isinstance(prompt, list) or any(type(i) is not int for i in prompt):
+        raise UserError("prompt_token_ids must be a list of integers")
+    return prompt

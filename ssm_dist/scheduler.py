@@ -1,0 +1,117 @@
+"""Which sequences the next step works on. Pure bookkeeping: the same calls give the same steps on every rank."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from ssm_dist.sampling.params import SamplingParams
+from ssm_dist.state_cache import StateCache
+
+
+@dataclass
+class Sequence:
+    """A prompt and what has been generated after it."""
+
+    index: int
+    """The request that it answers."""
+    prompt_ids: list[int]
+    params: SamplingParams
+    slot: int = -1
+    computed: int = 0
+    """Tokens of the prompt that the state has absorbed."""
+    token_ids: list[int] = field(default_factory=list)
+    """Generated so far."""
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether the state has absorbed the whole prompt."""
+        return self.computed == len(self.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and answer together; the position of the next token."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that the state may have to absorb; the last one generated never enters it."""
+        return len(self.prompt_ids) + self.params.max_new_tokens - 1
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A run of tokens of one sequence in a step, `tokens[0]` at `start` of the whole sequence."""
+
+    sequence: Sequence
+    start: int
+    tokens: list[int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call of the model: either chunks of prompts, or one token of every running sequence."""
+
+    chunks: list[Chunk]
+    decode: bool
+
+
+class Scheduler:
+    """Admits sequences in order of arrival, and alternates between prefill chunks and decode steps."""
+
+    def __init__(self, cache: StateCache, chunk_tokens: int) -> None:
+        """chunk_tokens: prompt tokens in one step at most."""
+        self._cache = cache
+        self._chunk_tokens = chunk_tokens
+        self._waiting: deque[Sequence] = deque()
+        self._running: list[Sequence] = []
+        self._decoded_last = True
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence; the caller has checked that it fits an empty cache."""
+        self._waiting.append(sequence)
+
+    def next_step(self) -> tuple[list[Sequence], Step | None]:
+        """The sequences newly admitted to a slot, and the next step, None when there is nothing left to do."""
+        admitted = self._admit()
+        ready = [sequence for sequence in self._running if sequence.prefilled]
+        prefilling = [sequence for sequence in self._running if not sequence.prefilled]
+        if prefilling and (self._decoded_last or not ready):
+            self._decoded_last = False
+            return admitted, Step(self._prefill_chunks(prefilling), decode=False)
+        self._decoded_last = True
+        chunks = [Chunk(s, s.length - 1, s.token_ids[-1:]) for s in ready]
+        return admitted, Step(chunks, decode=True) if chunks else None
+
+    def finish(self, sequence: Sequence) -> None:
+        """Give back the slot of a sequence that has ended, or drop it from the queue."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._cache.release(sequence.slot)
+        else:
+            self._waiting.remove(sequence)
+
+    def _admit(self) -> list[Sequence]:
+        admitted = []
+        while self._waiting:
+            slot = self._cache.acquire(self._waiting[0].most_tokens)
+            if slot is None:
+                break
+            sequence = self._waiting.popleft()
+            sequence.slot = slot
+            self._running.append(sequence)
+            admitted.append(sequence)
+        return admitted
+
+    def _prefill_chunks(self, prefilling: list[Sequence]) -> list[Chunk]:
+        """The next tokens of the oldest prompts, up to the chunk's budget."""
+        chunks, budget = [], self._chunk_tokens
+        for sequence in prefilling:
+            start = sequence.computed
+            tokens = sequence.prompt_ids[start : start + budget]
+            chunks.append(Chunk(sequence, start, tokens))
+            sequence.computed += len(tokens)
+            budget -= len(tokens)
+            if budget == 0:
+                break
+        return chunks
