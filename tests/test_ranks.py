@@ -51,7 +51,7 @@ def test_workers_serve_more_than_one_call() -> None:
 
 
 def test_an_exception_of_one_rank_comes_back_while_the_other_waits_for_it() -> None:
-    with pytest.raises(RankError, match="(?s)rank 1 of 2.*ValueError: the cause"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2.*ValueError: the cause"):
         run_on_ranks(2, raise_on, 1)
     assert run_on_ranks(2, sum_over_ranks, 0) == [1.0, 1.0]
 
@@ -63,7 +63,7 @@ def test_a_dead_rank_is_reported_and_replaced() -> None:
 
 
 def test_a_hung_rank_is_reported_with_its_stack_and_replaced() -> None:
-    with pytest.raises(RankError, match="(?s)rank 1 of 2:\ndid not finish.*in hang_on"):
+    with pytest.raises(RankError, match=r"(?s)rank 1 of 2:\ndid not finish.*in hang_on"):
         run_on_ranks(2, hang_on, 1, timeout=2.0)
     assert run_on_ranks(2, sum_over_ranks, 0) == [1.0, 1.0]
 
