@@ -149,7 +149,7 @@ def within_rank(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     scores (S, V) float32 are log-probabilities up to a constant, with row maximum 0; top_k (S, 1) int64 in
     1..V; top_p (S, 1) float64 in (0, 1]. Top-k keeps everything tied with the k-th token; top-p keeps the
     fewest tokens that reach it, the lowest ids among equals. Probabilities are added in fixed point, where
-    order does not matter: a float cumulative sum on a GPU differs from run to run, and with the batch's shape.
+    order does not matter: a float cumulative sum on a GPU differs from run to run, and with the batch.
     """
     ordered, ids = scores.sort(dim=-1, descending=True, stable=True)
     in_top_k = ordered >= ordered.gather(-1, top_k - 1)
