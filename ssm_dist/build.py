@@ -127,7 +127,7 @@ def build_meta(source: Source) -> nn.Module:
 def _load(model: nn.Module, source: Source, ranks: Ranks) -> None:
     weights = source.spec.weights(source.config)
     if source.checkpoint is None:
-        random_parameters(model, weights, device=ranks.device, dtype=source.dtype)
+        random_parameters(model, device=ranks.device, dtype=source.dtype)
         return
     load_parameters(
         model, source.checkpoint, weights, device=ranks.device, dtype=source.dtype, progress=ranks.rank == 0

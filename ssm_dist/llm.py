@@ -14,6 +14,7 @@ from torch import nn
 from typing_extensions import Self
 
 from ssm_dist.build import LoadedModel, load_model
+from ssm_dist.checkpoint.save import save_huggingface
 from ssm_dist.config import Config
 from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
@@ -112,6 +113,22 @@ class LLM:
             score_tokens(self.engine, self.loaded.tp, request.token_ids, vocab_size, chunk)
             for request in requests
         ]
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the whole model as a Hugging Face folder that transformers loads; ranks call it alike.
+
+        Raises `UserError` when the folder exists and is not empty, or the disk is too full.
+        """
+        loaded = self.loaded
+        save_huggingface(
+            self.model,
+            loaded.plan.parameters,
+            loaded.spec.weights(loaded.config),
+            loaded.config.to_huggingface(),
+            folder,
+            mesh=None if loaded.tp is None else loaded.tp.mesh,
+            tokenizer_source=None if loaded.checkpoint is None else loaded.checkpoint.folder,
+        )
 
     def prepare_lines(self, lines: list[str], base: SamplingParams) -> list[Request]:
         """Requests of a prompts file's lines; one that cannot run carries its `error`."""

@@ -32,9 +32,9 @@ def _(x: Tensor, group: str) -> Tensor:
 @torch.library.custom_op("ssm_dist::tp_all_gather", mutates_args=())
 def tp_all_gather(x: Tensor, group: str, degree: int) -> Tensor:
     """Every rank's columns side by side, in rank order: x (rows, C) -> (rows, degree * C)."""
-    parts = x.new_empty((degree, *x.shape))
+    parts = x.new_empty((degree * x.shape[0], x.shape[1]))
     dist.all_gather_into_tensor(parts, x.contiguous(), group=_groups[group])
-    return parts.transpose(0, 1).flatten(1)
+    return parts.unflatten(0, (degree, -1)).transpose(0, 1).flatten(1)
 
 
 @tp_all_gather.register_fake
