@@ -9,6 +9,9 @@ from torch import Tensor
 
 _groups: dict[str, dist.ProcessGroup] = {}
 
+# torch 2.13 deprecates the name that 2.11 has
+_all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
+
 
 def register_group(name: str, group: dist.ProcessGroup) -> str:
     """Make `group` known to the ops below under `name`; returns the name."""
@@ -33,7 +36,7 @@ def _(x: Tensor, group: str) -> Tensor:
 def tp_all_gather(x: Tensor, group: str, degree: int) -> Tensor:
     """Every rank's columns side by side, in rank order: x (rows, C) -> (rows, degree * C)."""
     parts = x.new_empty((degree * x.shape[0], x.shape[1]))
-    dist.all_gather_into_tensor(parts, x.contiguous(), group=_groups[group])
+    _all_gather(parts, x.contiguous(), group=_groups[group])
     return parts.unflatten(0, (degree, -1)).transpose(0, 1).flatten(1)
 
 
