@@ -12,7 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,11 +40,11 @@ class Ranks:
     device: torch.device
 
 
-def init_ranks(expected: int, device_type: Literal["cpu", "cuda"]) -> Ranks:
-    """Join the job's process group: NCCL with one GPU a rank, gloo on the CPU; none for a single process.
+def init_ranks(expected: int, device_type: str) -> Ranks:
+    """Join the job's process group; none for a single process.
 
-    `expected` is `[parallel] tensor`. Raises `UserError` when torchrun started another number of ranks, or
-    this host has no GPU for this rank.
+    `expected` is `[parallel] tensor`; `device_type` is "cuda", for NCCL and a GPU for each rank, or "cpu",
+    for gloo. Raises `UserError` when torchrun started another number of ranks, or this host has too few GPUs.
     """
     rank, world, local_rank = (int(os.environ.get(key, fallback)) for key, fallback in _ENVIRONMENT.items())
     if world != expected:
