@@ -31,9 +31,10 @@ _NOT_UNPICKLED = (
 class Stored:
     """Where one of our parameters is in a checkpoint, and how to read it."""
 
-    name: str
     tensor: StoredTensor
     layout: Layout
+    copies: tuple[StoredTensor, ...]
+    """The same parameter, stored again under other names; that the values agree, only reading can show."""
 
 
 @dataclass(frozen=True)
@@ -59,18 +60,18 @@ class Checkpoint:
         wanted = {
             name: weights.entries[path].layout.huggingface_shape(shape)
             for path, shape in shapes.items()
-            for name in names[path] + [tied for tied, twin in weights.tied.items() if twin == path]
+            for name in names[path]
         }
-        found = {path: name for path in shapes for name in reversed(names[path]) if name in self.tensors}
-        missing = [names[path][0] for path in shapes if path not in found]
-        problems = [*self.problems, *_compared(self.tensors, wanted, set(weights.tied))]
+        found = {path: [self.tensors[n] for n in names[path] if n in self.tensors] for path in shapes}
+        missing = [names[path][0] for path in shapes if not found[path]]
+        problems = [*self.problems, *_compared(self.tensors, wanted)]
         if not self.problems:  # of damaged files, all tensors would be missing
             problems += _counted("missing", missing)
         if problems:
             raise _unusable(self.folder, problems)
         return {
-            path: Stored(name, self.tensors[name], weights.entries[path].layout)
-            for path, name in found.items()
+            path: Stored(first, weights.entries[path].layout, tuple(copies))
+            for path, (first, *copies) in found.items()
         }
 
 
@@ -122,6 +123,8 @@ def _read_files(folder: Path, files: Iterable[str]) -> tuple[dict[str, StoredTen
             problems.append(f"{file} is missing, though the index names it; download it again")
         except DamagedFile as error:
             problems.append(str(error))
+        except OSError as error:
+            problems.append(f"{file} cannot be read: {error.strerror}")
     return tensors, problems
 
 
@@ -141,6 +144,8 @@ def _json(file: Path) -> dict[str, Any]:
         parsed = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{file} is not valid JSON: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror}") from None
     if not isinstance(parsed, dict):
         raise UserError(f"{file} is not a JSON object")
     return parsed
@@ -152,14 +157,12 @@ def _spelling(weights: WeightMap, tensors: Mapping[str, StoredTensor]) -> Callab
     return lambda name: name.removeprefix(weights.prefix) if bare else name
 
 
-def _compared(
-    tensors: Mapping[str, StoredTensor], wanted: Mapping[str, Shape], unread: set[str]
-) -> list[str]:
-    """What is wrong with the tensors that are there; those in `unread` may have any dtype."""
+def _compared(tensors: Mapping[str, StoredTensor], wanted: Mapping[str, Shape]) -> list[str]:
+    """What is wrong with the tensors that are there."""
     unexpected = [name for name in tensors if name not in wanted]
     known = {name: tensor for name, tensor in tensors.items() if name in wanted}
     shapes = [f"{n} is {t.shape}, not {wanted[n]}" for n, t in known.items() if t.shape != wanted[n]]
-    dtypes = [f"{n} {t.dtype}" for n, t in known.items() if t.dtype not in DTYPES and n not in unread]
+    dtypes = [f"{n} {t.dtype}" for n, t in known.items() if t.dtype not in DTYPES]
     return [
         *_counted("unexpected", unexpected),
         *_counted("of another shape than config.json says", shapes),

@@ -30,6 +30,7 @@ class StoredTensor:
     """One tensor of a file, as its header describes it."""
 
     file: Path
+    name: str
     dtype: str
     shape: tuple[int, ...]
     begin: int
@@ -74,7 +75,9 @@ def _parsed(file: Path, header: bytes) -> dict[str, Any]:
 def _tensor(file: Path, name: str, entry: Any) -> StoredTensor:
     try:
         begin, end = (int(offset) for offset in entry["data_offsets"])
-        tensor = StoredTensor(file, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), begin, end)
+        tensor = StoredTensor(
+            file, name, str(entry["dtype"]), tuple(int(n) for n in entry["shape"]), begin, end
+        )
     except (TypeError, KeyError, ValueError):
         raise DamagedFile(f"{file.name} has a malformed header at tensor {name}") from None
     size = DTYPES[tensor.dtype].itemsize * math.prod(tensor.shape) if tensor.dtype in DTYPES else end - begin

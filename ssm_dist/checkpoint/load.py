@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ssm_dist.checkpoint.folder import Checkpoint, Stored
-from ssm_dist.checkpoint.headers import DTYPES
-from ssm_dist.checkpoint.layouts import Source
+from ssm_dist.checkpoint.headers import DTYPES, StoredTensor
+from ssm_dist.checkpoint.layouts import Layout, Source
 from ssm_dist.checkpoint.parameters import Held, held, replace_parameters
 from ssm_dist.checkpoint.progress import byte_progress
 from ssm_dist.checkpoint.weights import WeightMap, parameter_dtype
@@ -24,8 +23,6 @@ _WINDOW = 256 << 20
 
 A mapping counts all pages ever touched as this process's memory; reopening lets go of them.
 """
-
-_log = logging.getLogger(__name__)
 
 
 def resolve_dtype(requested: str, checkpoint: Checkpoint) -> torch.dtype:
@@ -58,14 +55,12 @@ def load_parameters(
 
     A parameter that is a DTensor stays one; only the bytes of this rank's shard are read from the file. All
     become `dtype`, except those that `parameter_dtype` keeps in float32. `progress` shows how far it is (one
-    rank should). Raises UserError, before anything is allocated, if the checkpoint does not fit the model.
+    rank should). Raises UserError if the checkpoint does not fit the model, before anything is allocated, and
+    later if a parameter is stored more than once and its copies differ.
     """
     parameters = dict(model.named_parameters())
     stored = checkpoint.validate(weights, {path: tuple(p.shape) for path, p in parameters.items()})
     parts = {path: held(parameter) for path, parameter in parameters.items()}
-    for name, path in weights.tied.items():
-        if name in checkpoint.tensors:
-            _log.info("%s is not read: config.json ties it to %s", name, path)
     local: dict[str, Tensor] = {}
     total = sum(_share(parts[path], stored[path]) for path in parameters)
     with byte_progress("Weights read by rank 0", total, progress) as advance, _Reader(device) as reader:
@@ -74,7 +69,9 @@ def load_parameters(
         ):
             part, place = parts[path], stored[path]
             local[path] = torch.empty(part.local_shape, dtype=parameter_dtype(path, dtype), device=device)
-            reader.read(place, part, into=local[path])
+            local[path].copy_(reader.read(place.tensor, place.layout, part))
+            for copy in place.copies:
+                _check_copy(copy, place, reader.read(copy, place.layout, part).to(local[path]), local[path])
             advance(_share(part, place))
     replace_parameters(model, local)
 
@@ -94,23 +91,30 @@ class _Reader:
     def __exit__(self, *_: object) -> None:
         self.opened = None
 
-    def read(self, place: Stored, part: Held, into: Tensor) -> None:
-        """Copy one parameter's part to its place; conversion happens on the target's device."""
+    def read(self, tensor: StoredTensor, layout: Layout, part: Held) -> Tensor:
+        """One parameter's part, on the device, in the stored dtype; it may be a view of the open file."""
         try:
-            source = self._source(place)
-            into.copy_(place.layout.read(source, part.dim, part.start, part.length))
+            return layout.read(self._source(tensor), part.dim, part.start, part.length)
         except SafetensorError as error:
-            raise UserError(f"{place.tensor.file} cannot be read: {error}") from None
+            raise UserError(f"{tensor.file} cannot be read: {error}") from None
 
-    def _source(self, place: Stored) -> Source:
-        tensor = place.tensor
+    def _source(self, tensor: StoredTensor) -> Source:
         if tensor.file != self.file or self.touched > _WINDOW:
             self.opened = None  # unmap the old before mapping the new
             self.opened = safe_open(tensor.file, framework="pt", device=self.device)
             self.file, self.touched = tensor.file, 0
         self.touched += tensor.end - tensor.begin
-        source: Source = self.opened.get_slice(place.name)
+        source: Source = self.opened.get_slice(tensor.name)
         return source
+
+
+def _check_copy(copy: StoredTensor, place: Stored, read: Tensor, local: Tensor) -> None:
+    if not torch.equal(read, local):
+        raise UserError(
+            f"{copy.file.parent} holds {copy.name} and {place.tensor.name}, which are one parameter of this "
+            "model, with different values. If the head is meant to have weights of its own, set "
+            '"tie_word_embeddings": false in config.json'
+        )
 
 
 def _share(part: Held, place: Stored) -> int:
@@ -127,5 +131,5 @@ def _most_stored(checkpoint: Checkpoint) -> str:
     count: Counter[str] = Counter()
     for tensor in checkpoint.tensors.values():
         count[tensor.dtype] += tensor.end - tensor.begin
-    (name, _), *_ = count.most_common(1)
+    name = max(count, key=count.__getitem__, default="F32")  # none at all is for `validate` to report
     return str(DTYPES.get(name, name))

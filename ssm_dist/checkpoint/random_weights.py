@@ -13,9 +13,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ssm_dist.checkpoint.layouts import PaddedRows, Shape
+from ssm_dist.checkpoint.layouts import Shape
 from ssm_dist.checkpoint.parameters import Held, held, replace_parameters
-from ssm_dist.checkpoint.weights import WeightMap, parameter_dtype
+from ssm_dist.checkpoint.weights import parameter_dtype
 
 _CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements at a time: in cache, or enough to fill the device
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64
@@ -23,15 +23,14 @@ _DT_MIN, _DT_MAX = 1e-3, 1e-1
 
 
 def random_parameters(
-    model: nn.Module, weights: WeightMap, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0
+    model: nn.Module, *, device: torch.device | str, dtype: torch.dtype, seed: int = 0
 ) -> None:
     """Replace the meta parameters of `model` by random ones of the same placement, on `device`.
 
     The distributions keep activations at unit scale: fan-in scaled, near-normal weights (the last projection
     of each layer scaled down by the square root of the depth), embeddings of standard deviation 0.02, norms
     1; A_log = log(1..N), D = 1 and dt_proj.bias the inverse softplus of a log-uniform [1e-3, 1e-1], as in
-    Mamba (arXiv 2312.00752, section 3.6). Dtypes are those of `load_parameters`. Rows that only pad the
-    vocabulary are 0.
+    Mamba (arXiv 2312.00752, section 3.6). Dtypes are those of `load_parameters`.
     """
     parameters = dict(model.named_parameters())
     depth = len({path.split(".")[1] for path in parameters if path.startswith("layers.")})
@@ -40,9 +39,6 @@ def random_parameters(
         part = held(parameter)
         tensor = torch.empty(part.local_shape, dtype=parameter_dtype(path, dtype), device=device)
         _fill(tensor, path, part, depth, seed)
-        layout = weights.entries[path].layout
-        if isinstance(layout, PaddedRows):
-            tensor[max(layout.rows - part.start, 0) :] = 0
         local[path] = tensor
     replace_parameters(model, local)
 
@@ -84,11 +80,14 @@ def _scale(path: str, shape: Shape, depth: int) -> float:
     """The standard deviation of a weight."""
     if path in ("embedding.weight", "head.weight"):
         return 0.02
+    fan_in = shape[-1]
     if path.endswith("x_proj.weight"):
-        return float(shape[0] ** -0.5)
-    if path.endswith("o_proj.weight"):
-        return math.prod(shape[1:]) ** -0.5
-    return (shape[-1] * (depth if path.endswith("out_proj.weight") else 1)) ** -0.5
+        fan_in = shape[0]
+    elif path.endswith("o_proj.weight"):
+        fan_in = math.prod(shape[1:])
+    elif path.endswith("out_proj.weight"):
+        fan_in *= depth
+    return 1 / math.sqrt(fan_in)
 
 
 def _hash(key: int, places: Tensor) -> Tensor:
@@ -104,6 +103,5 @@ def _hash(key: int, places: Tensor) -> Tensor:
 
 def _normal(bits: Tensor) -> Tensor:
     """Nearly normal, of mean 0 and variance 1: the sum of the four 16-bit quarters (Irwin-Hall), exact."""
-    total = sum((bits >> shift) & 0xFFFF for shift in (0, 16, 32, 48))
-    assert isinstance(total, Tensor)
-    return (total - 2 * 0xFFFF).float() * ((2**32 - 1) / 3) ** -0.5
+    total = (bits & 0xFFFF) + ((bits >> 16) & 0xFFFF) + ((bits >> 32) & 0xFFFF) + ((bits >> 48) & 0xFFFF)
+    return (total - 2 * 0xFFFF).float() / math.sqrt((2**32 - 1) / 3)

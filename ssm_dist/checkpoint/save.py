@@ -82,9 +82,10 @@ def _items(model: nn.Module, placements: Sequence[ParameterPlacement], weights: 
     """What to write; a tied head has a placement of its own, but no entry in the weight map."""
     entries = ((placement, weights.entries.get(placement.path)) for placement in placements)
     return [
-        _Item(entry.names[0], entry.layout, placement, model.get_parameter(placement.path))
+        _Item(name, entry.layout, placement, model.get_parameter(placement.path))
         for placement, entry in entries
         if entry is not None
+        for name in entry.names[: entry.written]
     ]
 
 
@@ -124,14 +125,17 @@ def _appearing_whole(folder: Path) -> Iterator[Path]:
 
 def _write_tensors(folder: Path, files: Mapping[str, list[_Item]], mesh: DeviceMesh | None) -> None:
     for file, group in files.items():
-        tensors = {
-            item.name: item.layout.to_huggingface(_whole(item, mesh)).contiguous().cpu() for item in group
-        }
+        tensors = {item.name: _on_host(item.layout.to_huggingface(_whole(item, mesh))) for item in group}
         save_file(tensors, folder / file, metadata={"format": "pt"})
     if list(files) != [SINGLE]:
         total = sum(item.nbytes for group in files.values() for item in group)
         index = {item.name: file for file, group in files.items() for item in group}
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A contiguous copy: safetensors writes no two names from one storage."""
+    return tensor.to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _whole(item: _Item, mesh: DeviceMesh | None) -> Tensor:

@@ -7,7 +7,7 @@ A checkpoint of the bare model (`MambaModel`, without a head) has no prefix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -58,10 +58,12 @@ class ZambaSizes(MambaSizes, Protocol):
 
 @dataclass(frozen=True)
 class Entry:
-    """Where one parameter is stored: the first name is written, any is read (the first one present)."""
+    """Where one parameter is stored: under any of the names, and if under several, in copies."""
 
     names: tuple[str, ...]
     layout: Layout = field(default_factory=Identity)
+    written: int = 1
+    """How many of the names, from the first on, a saved checkpoint has."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +77,6 @@ class WeightMap:
     """What the names begin with, unless the checkpoint is one of the bare model."""
     entries: Mapping[str, Entry]
     """By our parameter's path."""
-    tied: Mapping[str, str] = field(default_factory=dict)
-    """Names that a checkpoint may carry without need, and the path whose tensor they repeat."""
 
 
 Table = Mapping[str, tuple[str, Layout]]
@@ -133,12 +133,12 @@ def _zamba_mixer(heads: int) -> Table:
 
 def mamba_weights(config: MambaSizes) -> WeightMap:
     """Mamba and Falcon-Mamba: transformers' names and the original state-spaces ones."""
-    entries = _outer(config, "backbone.embeddings.weight", "backbone.norm_f.weight")
-    older = (*entries["embedding.weight"].names, "backbone.embedding.weight")
-    entries["embedding.weight"] = Entry(older, entries["embedding.weight"].layout)
+    entries = _outer(
+        config, ("backbone.embeddings.weight", "backbone.embedding.weight"), "backbone.norm_f.weight"
+    )
     for i in range(config.n_layers):
         entries |= _entries(_MIXER, f"layers.{i}.", [f"backbone.layers.{i}."])
-    return WeightMap("backbone.", entries, _tied(config))
+    return WeightMap("backbone.", entries)
 
 
 falcon_mamba_weights = mamba_weights
@@ -147,34 +147,34 @@ falcon_mamba_weights = mamba_weights
 def zamba_weights(config: ZambaSizes) -> WeightMap:
     """Zamba v1: the shared block is stored under one hybrid layer, or under all of them in copies.
 
-    Of copies the first is read, as transformers does when it ties them.
+    transformers reads and writes copies where the head is not tied: it then ties nothing at all.
     """
     mixer, hybrid = _zamba_mixer(config.heads), config.hybrid_layers
-    entries = _outer(config, "model.embed_tokens.weight", "model.final_layernorm.weight")
+    entries = _outer(config, ("model.embed_tokens.weight",), "model.final_layernorm.weight")
     for i in range(config.n_layers):
         below = f"model.layers.{i}.mamba_decoder." if i in hybrid else f"model.layers.{i}."
         entries |= _entries(mixer, f"layers.{i}.", [below])
     entries |= {f"layers.{i}.linear.weight": Entry((f"model.layers.{i}.linear.weight",)) for i in hybrid}
-    entries |= _entries(
-        _zamba_shared(config.attention_heads), "", [f"model.layers.{i}.shared_transf." for i in hybrid]
+    shared, sites = (
+        _zamba_shared(config.attention_heads),
+        [f"model.layers.{i}.shared_transf." for i in hybrid],
     )
-    return WeightMap("model.", entries, _tied(config))
+    entries |= _entries(shared, "", sites, written=1 if config.tied_head else len(sites))
+    return WeightMap("model.", entries)
 
 
-def _outer(config: MambaSizes, embedding: str, final_norm: str) -> dict[str, Entry]:
-    """What is not in a layer: embedding, final norm, and the head where it has weights of its own."""
-    rows = PaddedRows(config.vocab_size)
-    entries = {"embedding.weight": Entry((embedding,), rows), "final_norm.weight": Entry((final_norm,))}
-    return entries if config.tied_head else entries | {"head.weight": Entry(("lm_head.weight",), rows)}
+def _outer(config: MambaSizes, embedding: tuple[str, ...], final_norm: str) -> dict[str, Entry]:
+    """What is not in a layer. A tied head may be stored besides the embedding, or in its place."""
+    rows, head = PaddedRows(config.vocab_size), "lm_head.weight"
+    entries = {"final_norm.weight": Entry((final_norm,))}
+    if config.tied_head:
+        return entries | {"embedding.weight": Entry((*embedding, head), rows)}
+    return entries | {"embedding.weight": Entry(embedding, rows), "head.weight": Entry((head,), rows)}
 
 
-def _tied(config: MambaSizes) -> dict[str, str]:
-    return {"lm_head.weight": "embedding.weight"} if config.tied_head else {}
-
-
-def _entries(table: Table, ours: str, theirs: Iterable[str]) -> dict[str, Entry]:
-    """A table's rows below `ours`, each read from below any of `theirs`."""
+def _entries(table: Table, ours: str, theirs: list[str], written: int = 1) -> dict[str, Entry]:
+    """A table's rows below `ours`, each stored below any of `theirs`."""
     return {
-        ours + path: Entry(tuple(below + name for below in theirs), layout)
+        ours + path: Entry(tuple(below + name for below in theirs), layout, written)
         for path, (name, layout) in table.items()
     }
