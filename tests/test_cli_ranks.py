@@ -31,7 +31,7 @@ sys.exit(cli.main())
 
 @pytest.fixture
 def torchrun(tmp_path):
-    """Runs a command with this body on two ranks, within a minute; returns the finished process."""
+    """Runs a command with this body on two ranks, within two minutes; returns the finished process."""
 
     def start(body, *words):
         lines = "\n".join(f"    {line}" for line in body.splitlines())
@@ -42,7 +42,7 @@ def torchrun(tmp_path):
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=120,
         )
 
     return start
