@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,7 +22,7 @@ from ssm_dist.kernels import backend
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
 from ssm_dist.ranks import Ranks, init_ranks
 from ssm_dist.registry import ModelConfig, ModelSpec, preset, spec_for
-from ssm_dist.text import Tokenizer
+from ssm_dist.text import Tokenizer, read_eos_ids
 
 VOCAB_MULTIPLE = 8
 """Rows of the vocabulary on a rank are a multiple of this, as fast GEMMs want."""
@@ -149,9 +148,8 @@ def _model_type(checkpoint: Checkpoint) -> str:
 
 def _eos_ids(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> frozenset[int]:
     if tokenizer is not None:
-        return frozenset(tokenizer.eos_ids)
-    eos: Any = None if checkpoint is None else checkpoint.config.get("eos_token_id")
-    return frozenset() if eos is None else frozenset(eos if isinstance(eos, list) else [eos])
+        return tokenizer.eos_ids
+    return frozenset() if checkpoint is None else read_eos_ids(checkpoint.folder)
 
 
 @contextmanager
