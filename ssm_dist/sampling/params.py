@@ -12,7 +12,7 @@ def _one_string_is_a_tuple(value: object) -> object:
     return (value,) if isinstance(value, str) else value
 
 
-class SamplingParams(BaseModel, frozen=True, extra="forbid"):
+class SamplingParams(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
     """How tokens are chosen, and when a request ends. Values out of range raise pydantic's ValidationError.
 
     Filters apply in this order: repetition penalty, temperature, top-k, top-p, min-p.
