@@ -7,11 +7,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from ssm_dist.checkpoint.folder import Checkpoint, open_checkpoint
 from ssm_dist.checkpoint.load import load_parameters, resolve_dtype
@@ -19,6 +17,7 @@ from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
 from ssm_dist.ranks import Ranks, init_ranks
 from ssm_dist.registry import ModelConfig, ModelSpec, preset, spec_for
@@ -45,7 +44,7 @@ class Source:
 class LoadedModel:
     """One rank's shard, ready to run, and all that is known of it."""
 
-    model: nn.Module
+    model: LanguageModel
     """Of local tensors."""
     spec: ModelSpec
     config: ModelConfig
@@ -87,7 +86,7 @@ def load_model(config: Config) -> LoadedModel:
 
 
 def device_type() -> str:
-    """"cuda" where every rank of this host can have a GPU of its own, else "cpu"."""
+    """ "cuda" where every rank of this host can have a GPU of its own, else "cpu"."""
     ranks_here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
     chosen = "cuda" if gpus >= ranks_here else "cpu"
     logger.info("device: %s (%d GPUs for %d ranks on this host)", chosen, gpus, ranks_here)
@@ -117,13 +116,13 @@ def open_source(config: Config, device_type: str, ranks: Ranks | None = None) ->
     return Source(spec, _padded(sizes, degree), checkpoint, resolve_dtype(asked.dtype, checkpoint))
 
 
-def build_meta(source: Source) -> nn.Module:
+def build_meta(source: Source) -> LanguageModel:
     """The whole model on the meta device: shapes and dtypes without memory."""
     with torch.device("meta"), _default_dtype(source.dtype):
         return source.spec.build(source.config)
 
 
-def _load(model: nn.Module, source: Source, ranks: Ranks) -> None:
+def _load(model: LanguageModel, source: Source, ranks: Ranks) -> None:
     weights = source.spec.weights(source.config)
     if source.checkpoint is None:
         random_parameters(model, device=ranks.device, dtype=source.dtype)

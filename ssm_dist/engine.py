@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_dist.models.batch import RaggedBatch
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.sampling.sampler import Sampled, Sampler
 from ssm_dist.scheduler import Chunk, Step
 from ssm_dist.state_cache import StateCache
@@ -14,7 +15,7 @@ from ssm_dist.state_cache import StateCache
 class Engine:
     """One rank's model, state and sampler. Every rank runs the same steps and samples the same tokens."""
 
-    def __init__(self, model: nn.Module, cache: StateCache, sampler: Sampler, vocab_size: int) -> None:
+    def __init__(self, model: LanguageModel, cache: StateCache, sampler: Sampler, vocab_size: int) -> None:
         """vocab_size: columns of the logits that are tokens; those after it are padding."""
         self.model = model
         self.cache = cache
@@ -41,13 +42,15 @@ class Engine:
     @torch.inference_mode()
     def hidden(self, step: Step) -> Tensor:
         """Advance the states by a step and return the final hidden states of its tokens, (T, d_model)."""
-        return self.model(self._batch(step), self.cache.state)
+        hidden: Tensor = self.model(self._batch(step), self.cache.state)
+        return hidden
 
     def _batch(self, step: Step) -> RaggedBatch:
         """The tensors of a step, on the device."""
         chunks = step.chunks
         slots = [c.sequence.slot for c in chunks]
-        offsets, positions = [0], []
+        offsets: list[int] = [0]
+        positions: list[int] = []
         for c in chunks:
             offsets.append(offsets[-1] + len(c.tokens))
             positions += range(c.start, c.start + len(c.tokens))

@@ -58,7 +58,8 @@ class Collector:
     def __init__(self, requests: Iterable[Request], *, with_text: bool) -> None:
         self._begin = time.perf_counter()
         self._completions = {
-            r.index: Completion(r.index, r.prompt, r.token_ids, text="" if with_text else None) for r in requests
+            r.index: Completion(r.index, r.prompt, r.token_ids, text="" if with_text else None)
+            for r in requests
         }
 
     @property
@@ -85,7 +86,9 @@ class Collector:
 class Run:
     """One batch of requests on its way through the engine."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int], chunk_tokens: int) -> None:
+    def __init__(
+        self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int], chunk_tokens: int
+    ) -> None:
         self._engine = engine
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
@@ -144,9 +147,9 @@ class Run:
         stream = self._streams.get(sequence.index)
         text = "" if stream is None else stream.push(token_id)
         reason = None
-        if stream is not None and stream.stopped is not None:
-            reason = "stop"
-        elif token_id in self._eos_ids and not sequence.params.ignore_eos:
+        if (stream is not None and stream.stopped is not None) or (
+            token_id in self._eos_ids and not sequence.params.ignore_eos
+        ):
             reason = "stop"
         elif len(sequence.token_ids) == sequence.params.max_new_tokens:
             reason = "length"

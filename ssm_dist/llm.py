@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch import nn
 from typing_extensions import Self
 
 from ssm_dist.build import LoadedModel, load_model
@@ -19,6 +18,7 @@ from ssm_dist.config import Config
 from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes
 from ssm_dist.requests import Prompt, Request, parse_line, prepare
 from ssm_dist.sampling.params import SamplingParams
@@ -37,7 +37,7 @@ class LLM:
     def __init__(self, loaded: LoadedModel, config: Config) -> None:
         self.config = config
         self.loaded = loaded
-        self.model: nn.Module = loaded.model
+        self.model: LanguageModel = loaded.model
         """This rank's shard; an ordinary module of local tensors."""
         self.tokenizer: Tokenizer | None = loaded.tokenizer
         self.cache = StateCache(
@@ -80,7 +80,9 @@ class LLM:
         """
         degree = tensor_parallel or int(os.environ.get("WORLD_SIZE", "1"))
         model = {"checkpoint": str(checkpoint)} | sections.pop("model", {})
-        return cls.from_config(Config.model_validate({"model": model, "parallel": {"tensor": degree}, **sections}))
+        return cls.from_config(
+            Config.model_validate({"model": model, "parallel": {"tensor": degree}, **sections})
+        )
 
     def generate(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
@@ -105,7 +107,7 @@ class LLM:
         """
         yield from self.run(self._strict(prompts, params))
 
-    def score(self, texts: list[str | list[int]]) -> list[Score]:
+    def score(self, texts: Sequence[Prompt]) -> list[Score]:
         """Log-probabilities and perplexity of texts, or of token ids. Raises `UserError` as `generate`."""
         requests = self._strict(list(texts), SamplingParams(max_new_tokens=1))
         chunk, vocab_size = self.config.prefill.chunk_tokens, self.loaded.config.vocab_size
@@ -158,7 +160,9 @@ class LLM:
         listed = _as_list(prompts)
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
-            raise UserError(f"{len(listed)} prompts with {len(each)} sampling params; give one, or one a prompt")
+            raise UserError(
+                f"{len(listed)} prompts with {len(each)} sampling params; give one, or one a prompt"
+            )
         requests = self.prepare(listed, each)
         for request in requests:
             if request.error is not None:
@@ -182,13 +186,15 @@ class LLM:
             return make()
         fields = [asdict(r) | {"params": r.params.model_dump()} for r in make()] if tp.rank == 0 else []
         data = broadcast_bytes(json.dumps(fields).encode(), tp.group, self.loaded.device)
-        return [Request(**f | {"params": SamplingParams.model_validate(f["params"])}) for f in json.loads(data)]
+        return [
+            Request(**f | {"params": SamplingParams.model_validate(f["params"])}) for f in json.loads(data)
+        ]
 
 
 def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
     """A single prompt, token ids included, as a list of one."""
     if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
+        return [prompts]
     return list(prompts)  # type: ignore[arg-type]
 
 

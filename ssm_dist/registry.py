@@ -6,11 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from ssm_dist.checkpoint.weights import WeightMap, falcon_mamba_weights, mamba_weights, zamba_weights
 from ssm_dist.errors import UserError
 from ssm_dist.models.falcon_mamba import FalconMamba, FalconMambaConfig
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
 from ssm_dist.models.zamba import Zamba, ZambaConfig
 from ssm_dist.parallel.plan import Plan
@@ -25,7 +24,7 @@ class ModelSpec:
 
     config: type[Any]
     """Its configuration class, with `from_huggingface` and `to_huggingface`."""
-    build: Callable[[Any], nn.Module]
+    build: Callable[[Any], LanguageModel]
     """Configuration -> module."""
     plan: Plan
     weights: Callable[[Any], WeightMap]

@@ -18,9 +18,12 @@ def run_table(llm: LLM, completions: list[Completion]) -> Table:
     first = [c.seconds_to_first_token or 0.0 for c in done]
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     rows = {
-        "requests": f"{len(done)}" + (f", {len(completions) - len(done)} failed" if len(done) < len(completions) else ""),
+        "requests": f"{len(done)}"
+        + (f", {len(completions) - len(done)} failed" if len(done) < len(completions) else ""),
         "time to first token": f"{statistics.median(first) * 1e3:.1f} ms (median)" if first else "-",
-        "throughput": f"{tokens / seconds:.1f} tokens/s ({tokens} tokens in {seconds:.2f} s)" if seconds else "-",
+        "throughput": f"{tokens / seconds:.1f} tokens/s ({tokens} tokens in {seconds:.2f} s)"
+        if seconds
+        else "-",
         "weights a rank": size(llm.weight_bytes),
         "state a rank": f"{size(llm.cache.bytes_allocated)} ({llm.cache.max_sequences} sequences)",
         "ranks": f"{llm.config.parallel.tensor} x {llm.loaded.device.type}, {str(llm.loaded.dtype)[6:]}",

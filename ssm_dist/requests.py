@@ -48,7 +48,9 @@ def prepare(
         raise UserError("the prompt is empty; give at least one token")
     outside = [i for i in token_ids if not 0 <= i < vocab_size]
     if outside:
-        raise UserError(f"token id {outside[0]} is out of range; the vocabulary has ids 0 to {vocab_size - 1}")
+        raise UserError(
+            f"token id {outside[0]} is out of range; the vocabulary has ids 0 to {vocab_size - 1}"
+        )
     if params.stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this model has none; use max_new_tokens")
     return Request(index, text, token_ids, params)
@@ -98,7 +100,9 @@ def _override(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
 
 def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
-        raise UserError(f"{what} needs a tokenizer, and this model has no tokenizer.json; use prompt_token_ids")
+        raise UserError(
+            f"{what} needs a tokenizer, and this model has no tokenizer.json; use prompt_token_ids"
+        )
     return tokenizer
 
 

@@ -32,7 +32,9 @@ def run(config: Config) -> None:
     speaks = llm.loaded.tp is None or llm.loaded.tp.rank == 0
     logging.getLogger(__name__).info("reductions: %s", llm.reduction)
     requests = (
-        llm.prepare_lines(lines, base) if lines else llm.prepare(list(options.prompts), [base] * len(options.prompts))
+        llm.prepare_lines(lines, base)
+        if lines
+        else llm.prepare(list(options.prompts), [base] * len(options.prompts))
     )
     collector = Collector(requests, with_text=llm.tokenizer is not None)
     printer = Printer(requests, Console(highlight=False, markup=False)) if speaks else None

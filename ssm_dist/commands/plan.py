@@ -46,7 +46,9 @@ def _parameters(plan: ResolvedPlan, degree: int) -> Table:
 def _reductions(plan: ResolvedPlan) -> Table:
     table = Table(title="Reductions", title_justify="left")
     for column in ("module", "count", "what", "numbers a token", "ranks"):
-        table.add_column(column, justify="right" if column in ("count", "numbers a token", "ranks") else "left")
+        table.add_column(
+            column, justify="right" if column in ("count", "numbers a token", "ranks") else "left"
+        )
     counted = Counter((_pattern(path), r.kind, r.width, r.ranks) for path, r in plan.reductions.items())
     for (path, kind, width, ranks), count in counted.items():
         table.add_row(path, str(count), kind, str(width), str(ranks))

@@ -12,7 +12,7 @@ from rich.table import Table
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
-from ssm_dist.requests import parse_line, read_lines
+from ssm_dist.requests import Prompt, parse_line, read_lines
 from ssm_dist.sampling.params import SamplingParams
 
 
@@ -21,7 +21,7 @@ def run(config: Config) -> None:
     options = config.generation
     if not options.prompts and options.prompts_file is None:
         raise UserError("there is nothing to score: set generation.prompts or generation.prompts_file")
-    texts = list(options.prompts)
+    texts: list[Prompt] = list(options.prompts)
     if options.prompts_file is not None:
         texts = [parse_line(line, SamplingParams())[0] for line in read_lines(options.prompts_file)]
     llm = LLM.from_config(config)
@@ -30,7 +30,9 @@ def run(config: Config) -> None:
         return
     table = Table("text", "tokens", "log-probability", "perplexity")
     for index, score in enumerate(scores):
-        table.add_row(str(index), str(len(score.token_ids)), f"{sum(score.log_probs):.4f}", f"{score.perplexity:.4f}")
+        table.add_row(
+            str(index), str(len(score.token_ids)), f"{sum(score.log_probs):.4f}", f"{score.perplexity:.4f}"
+        )
     everything = [p for score in scores for p in score.log_probs]
     if everything:
         overall = math.exp(-sum(everything) / len(everything))

@@ -23,7 +23,9 @@ def causal_conv(
     return backend.implementation("causal_conv")(x, weight, bias, state, seq_offsets, slots)
 
 
-def causal_conv_update(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
+def causal_conv_update(
+    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
+) -> Tensor:
     """`causal_conv` for exactly one token a sequence: x (S, D), slots (S,); returns (S, D)."""
     return backend.implementation("causal_conv_update")(x, weight, bias, state, slots)
 
@@ -40,7 +42,9 @@ def causal_conv_reference(
     place = place_in_sequence(seq_offsets, sequence)
     total = torch.zeros_like(x, dtype=wide) if bias is None else bias.to(wide).expand(tokens, -1)
     for lag in range(width):
-        total = total + weight[:, width - 1 - lag].to(wide) * _lagged(x, before, sequence, place, lag).to(wide)
+        total = total + weight[:, width - 1 - lag].to(wide) * _lagged(x, before, sequence, place, lag).to(
+            wide
+        )
     _store_last_inputs(x, before, state, seq_offsets, slots)
     return F.silu(total).to(x.dtype)
 

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ssm_dist.errors import UserError
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch, StateShapes
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.layers import AddRMSNorm
 from ssm_dist.models.mixer import MambaMixer, MixerConfig
 
@@ -103,7 +104,9 @@ def _original_fields(raw: dict[str, Any]) -> dict[str, Any]:
     """Fields of a state-spaces config.json, whose embedding rows are padded to a multiple."""
     ssm = raw.get("ssm_cfg") or {}
     if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
-        raise UserError("this config.json describes a Mamba-2 or hybrid model; only Mamba-1 is supported here")
+        raise UserError(
+            "this config.json describes a Mamba-2 or hybrid model; only Mamba-1 is supported here"
+        )
     multiple, d_model = raw.get("pad_vocab_size_multiple", 8), raw["d_model"]
     dt_rank = ssm.get("dt_rank", "auto")
     return {
@@ -145,28 +148,23 @@ class MambaLayer(nn.Module):
         return self.mixer(hidden, batch, state), residual
 
 
-class Mamba(nn.Module):
-    """The language model. `head` maps rows of the output to logits over the padded vocabulary."""
+class Mamba(LanguageModel):
+    """The language model."""
 
     def __init__(self, config: MambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
+        super().__init__(config)
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.n_layers))
-        self.final_norm = AddRMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
-        if config.tied_head:
-            self.head.weight = self.embedding.weight
 
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
-        """The final hidden states (T, d_model) of a batch; `state` is advanced in place."""
+        """See `LanguageModel`."""
         branch, residual = None, self.embedding(batch.tokens).float()
         for layer, layer_state in zip(self.layers, state.mixers, strict=True):
             branch, residual = layer(branch, residual, batch, layer_state)
-        return self.final_norm(branch, residual)[0]
+        hidden: Tensor = self.final_norm(branch, residual)[0]
+        return hidden
 
     def state_shapes(self) -> StateShapes:
-        """What this model, or this rank's shard of it, keeps for a sequence."""
-        mixer = self.layers[0].mixer
-        channels, width = mixer.conv.weight.shape
-        return StateShapes((width - 1, channels), tuple(mixer.A_log.shape), len(self.layers))
+        """See `LanguageModel`."""
+        layer = self.layers[0]
+        assert isinstance(layer, MambaLayer)
+        return StateShapes(*layer.mixer.state_shapes(), layers=len(self.layers))

@@ -64,7 +64,9 @@ class HeadwiseProjection(nn.Module):
         heads = max(1, self.weight.shape[0] // self.head_dim)
         if heads == 1:
             return (x @ self.weight)[:, None]
-        return torch.einsum("tgc,gcr->tgr", x.unflatten(1, (heads, -1)), self.weight.unflatten(0, (heads, -1)))
+        return torch.einsum(
+            "tgc,gcr->tgr", x.unflatten(1, (heads, -1)), self.weight.unflatten(0, (heads, -1))
+        )
 
 
 class HeadwiseExpansion(nn.Module):
@@ -106,6 +108,11 @@ class MambaMixer(nn.Module):
         if self.mixer_rms_eps is not None:
             dt, B, C = (kernels.rms_normalize(t, self.mixer_rms_eps) for t in (dt, B, C))
         return self.out_proj(self._scan(x, self.dt_proj(dt), B, C, z, batch, state.ssm))
+
+    def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""
+        channels, width = self.conv.weight.shape
+        return (width - 1, channels), (channels, self.A_log.shape[1])
 
     def _scan(
         self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor

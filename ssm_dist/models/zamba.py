@@ -13,6 +13,7 @@ from typing_extensions import Self
 
 from ssm_dist import kernels
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
 from ssm_dist.models.mamba import exact_ratio, require_activation
 from ssm_dist.models.mixer import MambaMixer, MixerConfig
@@ -227,39 +228,35 @@ class ZambaLayer(nn.Module):
         return self.mixer(hidden, batch, state), residual
 
 
-class Zamba(nn.Module):
-    """The language model. `head` maps rows of the output to logits over the padded vocabulary."""
+class Zamba(LanguageModel):
+    """The language model."""
 
     def __init__(self, config: ZambaConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
+        super().__init__(config)
         self.shared = SharedBlock(config)
         hybrid = set(config.hybrid_layers)
         self.layers = nn.ModuleList(ZambaLayer(config, i in hybrid) for i in range(config.n_layers))
-        self.final_norm = AddRMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
-        if config.tied_head:
-            self.head.weight = self.embedding.weight
 
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
-        """The final hidden states (T, d_model) of a batch; `state` is advanced in place."""
+        """See `LanguageModel`."""
         embedded = self.embedding(batch.tokens).float()
         branch, residual, sites = None, embedded, iter(state.attention)
         for layer, mixer in zip(self.layers, state.mixers, strict=True):
+            assert isinstance(layer, ZambaLayer)
             if layer.linear is None:
                 branch, residual = layer(branch, residual, batch, mixer)
             else:
                 site = next(sites)
                 branch, residual = layer.hybrid(branch, residual, embedded, self.shared, batch, mixer, site)
-        return self.final_norm(branch, residual)[0]
+        hidden: Tensor = self.final_norm(branch, residual)[0]
+        return hidden
 
     def state_shapes(self) -> StateShapes:
-        """What this model, or this rank's shard of it, keeps for a sequence."""
-        mixer = self.layers[0].mixer
-        channels, width = mixer.conv.weight.shape
+        """See `LanguageModel`."""
+        layer = self.layers[0]
+        assert isinstance(layer, ZambaLayer)
         heads, head_dim, _ = self.shared.attention.k_proj.weight.shape
+        sites = sum(isinstance(layer, ZambaLayer) and layer.linear is not None for layer in self.layers)
         return StateShapes(
-            (width - 1, channels), tuple(mixer.A_log.shape), len(self.layers),
-            len(self.config.hybrid_layers), (heads, head_dim),
-        )  # fmt: skip
+            *layer.mixer.state_shapes(), layers=len(self.layers), attention_sites=sites, kv=(heads, head_dim)
+        )

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.mesh import TensorParallel
-from ssm_dist.parallel.styles import Reduction, Style
+from ssm_dist.parallel.styles import Reduction, Style, heads_of
 
 Plan = dict[str, Style]
 
@@ -81,7 +81,9 @@ def resolve_plan(model: nn.Module, plan: Plan, degree: int) -> ResolvedPlan:
                 continue
             placement = _placement(path, name, parameter, module, styles[path], degree)
             if found.setdefault(id(parameter), placement).dim != placement.dim:
-                problems.append(f"{found[id(parameter)].path} and {placement.path} are tied but split differently")
+                problems.append(
+                    f"{found[id(parameter)].path} and {placement.path} are tied but split differently"
+                )
     if problems:
         raise UserError("the plan does not fit the model:\n  " + "\n  ".join(problems))
     _check_degree(modules, styles, degree)
@@ -137,14 +139,16 @@ def _match(modules: dict[str, nn.Module], plan: Plan) -> tuple[dict[str, Style],
         paths = [path for path in modules if expression.fullmatch(path)]
         if not paths:
             problems.append(f"pattern {pattern!r} matches no module")
-        problems += [f"module {path} is covered twice, again by {pattern!r}" for path in paths if path in styles]
+        problems += [
+            f"module {path} is covered twice, again by {pattern!r}" for path in paths if path in styles
+        ]
         problems += [
             f"{pattern!r} splits {name!r}, which {path} lacks"
             for path in paths
             for name in style.shards(modules[path])
             if name not in modules[path]._parameters
         ]
-        styles |= {path: style for path in paths}
+        styles |= dict.fromkeys(paths, style)
     return styles, problems
 
 
@@ -172,7 +176,7 @@ def _check_degree(modules: dict[str, nn.Module], styles: dict[str, Style], degre
                 if size % candidate and not (style.padded and candidate != degree):
                     return f"dimension {dim} of {_join(path, name)} has {size} entries"
             if not style.allows(module, candidate):
-                return f"{path} has {module.heads} heads, which ranks cannot share evenly"
+                return f"{path} has {heads_of(module)} heads, which ranks cannot share evenly"
         return None
 
     reason = misfit(degree)

@@ -8,7 +8,7 @@ The module itself stays an ordinary `nn.Module` that knows nothing of ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,28 @@ from torch import Tensor, nn
 from ssm_dist.kernels import add_rms_norm
 from ssm_dist.parallel.collectives import tp_all_gather, tp_all_reduce
 from ssm_dist.parallel.mesh import TensorParallel
+
+
+class HasHeads(Protocol):
+    """A projection within heads: `heads` counts them over all ranks."""
+
+    heads: int
+
+
+class HasEpsilon(Protocol):
+    """An RMS norm with its epsilon."""
+
+    eps: float
+
+
+def heads_of(module: nn.Module) -> int:
+    """Heads of a module, over all ranks."""
+    return cast(HasHeads, module).heads
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The module's weight as it is at the moment: localising and quantising replace it."""
+    return module.get_parameter("weight")
 
 
 @dataclass(frozen=True)
@@ -93,10 +115,10 @@ class Rowwise(Style):
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         if getattr(module, "bias", None) is not None and tp.rank > 0:
-            module.forward = lambda x: F.linear(x, module.weight)
+            module.forward = lambda x: F.linear(x, weight_of(module))
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
-        return Reduction("partial, reduced at the next norm", module.weight.shape[0], degree)
+        return Reduction("partial, reduced at the next norm", weight_of(module).shape[0], degree)
 
 
 @dataclass(frozen=True)
@@ -109,7 +131,7 @@ class ReduceAddNorm(Style):
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         def forward(branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             whole = None if branch is None else tp_all_reduce(branch, tp.group)
-            return add_rms_norm(whole, residual, module.weight, module.eps)
+            return add_rms_norm(whole, residual, weight_of(module), cast(HasEpsilon, module).eps)
 
         module.forward = forward
 
@@ -136,7 +158,7 @@ class HeadwiseReduce(Style):
         return {"weight": 0}
 
     def allows(self, module: nn.Module, degree: int) -> bool:
-        return module.heads % degree == 0 or degree % module.heads == 0
+        return heads_of(module) % degree == 0 or degree % heads_of(module) == 0
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         span = self._span(module, tp.degree)
@@ -146,12 +168,12 @@ class HeadwiseReduce(Style):
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         span = self._span(module, degree)
-        return Reduction("all-reduce", module.weight.shape[1], span) if span > 1 else None
+        return Reduction("all-reduce", weight_of(module).shape[1], span) if span > 1 else None
 
     @staticmethod
     def _span(module: nn.Module, degree: int) -> int:
         """Ranks that share a head."""
-        return max(1, degree // module.heads)
+        return max(1, degree // heads_of(module))
 
 
 @dataclass(frozen=True)
@@ -165,16 +187,16 @@ class VocabParallelEmbedding(Style):
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         def forward(tokens: Tensor) -> Tensor:
-            rows = module.weight.shape[0]
+            rows = weight_of(module).shape[0]
             local = tokens - tp.rank * rows
             mine = (local >= 0) & (local < rows)
-            found = F.embedding(torch.where(mine, local, 0), module.weight)
+            found = F.embedding(torch.where(mine, local, 0), weight_of(module))
             return tp_all_reduce(torch.where(mine[:, None], found, 0), tp.group)
 
         module.forward = forward
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
-        return Reduction("all-reduce", module.weight.shape[1], degree)
+        return Reduction("all-reduce", weight_of(module).shape[1], degree)
 
 
 @dataclass(frozen=True)
@@ -187,7 +209,9 @@ class VocabParallelHead(Style):
         return {"weight": 0}
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        module.register_forward_hook(lambda _module, _inputs, output: tp_all_gather(output, tp.group, tp.degree))
+        module.register_forward_hook(
+            lambda _module, _inputs, output: tp_all_gather(output, tp.group, tp.degree)
+        )
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
-        return Reduction("all-gather of sampled rows", module.weight.shape[0], degree)
+        return Reduction("all-gather of sampled rows", weight_of(module).shape[0], degree)

@@ -161,7 +161,9 @@ def test_a_model_saved_from_two_ranks_is_loaded_by_transformers(
     run_on_ranks(2, saved, folders[name], tmp_path / "again")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again")
     tokens = list(range(1, 40))
-    torch.testing.assert_close(logits(again, tokens), logits(random_model(name), tokens), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        logits(again, tokens), logits(random_model(name), tokens), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from ssm_dist.sampling import Sampler, SamplingParams, Work
+from ssm_dist.sampling import SamplingParams
 from ssm_dist.sampling.noise import gumbel, gumbel_noise, splitmix64
-from ssm_dist.sampling.sampler import within_rank
+from ssm_dist.sampling.sampler import Sampler, Work, within_rank
 
 NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
