@@ -96,7 +96,7 @@ class Run:
         self._streams: dict[int, TextStream] = {}
 
     def events(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Run all requests to their end, yielding tokens as they are sampled. Slots are given back in any case."""
+        """Run all requests to their end, yielding tokens as they come. Slots are given back in any case."""
         active: dict[int, Sequence] = {}
         for request in requests:
             if request.error is not None:

@@ -175,7 +175,7 @@ class LLM:
         if self.cache.paged and most > self.cache.max_tokens:
             raise UserError(
                 f"a prompt of {len(request.token_ids)} tokens with max_new_tokens = {params.max_new_tokens} "
-                f"may need {most} tokens of keys and values; [cache] max_tokens allows {self.cache.max_tokens}"
+                f"may need {most} tokens of keys and values; [cache] max_tokens is {self.cache.max_tokens}"
             )
         return request
 

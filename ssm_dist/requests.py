@@ -79,7 +79,7 @@ def parse_line(line: str, base: SamplingParams) -> tuple[Prompt, SamplingParams]
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a prompts file that are not blank. Raises `UserError` when it cannot be read or has none."""
+    """The lines of a prompts file that are not blank. Raises `UserError` when there are none to read."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:

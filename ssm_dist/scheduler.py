@@ -1,4 +1,4 @@
-"""Which sequences the next step works on. Pure bookkeeping: the same calls give the same steps on every rank."""
+"""Which sequences the next step works on. The same calls give the same steps on every rank."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def next_step(self) -> tuple[list[Sequence], Step | None]:
-        """The sequences newly admitted to a slot, and the next step, None when there is nothing left to do."""
+        """The sequences newly admitted to a slot, and the next step; None when nothing is left to do."""
         admitted = self._admit()
         ready = [sequence for sequence in self._running if sequence.prefilled]
         prefilling = [sequence for sequence in self._running if not sequence.prefilled]

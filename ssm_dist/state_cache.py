@@ -1,4 +1,4 @@
-"""The memory of sequences in flight: preallocated state slots, and pages of keys and values for hybrid models.
+"""The memory of sequences in flight: preallocated state slots, and pages of keys and values.
 
 Admission is exact: a sequence takes one slot and, for hybrid models, the pages of all tokens that it may
 reach, so a sequence once admitted can always run to its end.
@@ -101,7 +101,7 @@ class StateCache:
         self._free_slots.append(slot)
 
     def page_table(self, slots: list[int]) -> Tensor | None:
-        """Pages of each slot, (S, P) int32 on the device, short rows filled up with page 0; None without pages."""
+        """Pages of each slot, (S, P) int32 on the device, short rows filled up with 0; None without pages."""
         if not self.paged:
             return None
         width = max(len(self._pages[slot]) for slot in slots)

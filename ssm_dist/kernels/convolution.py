@@ -11,7 +11,7 @@ from ssm_dist.kernels.ragged import place_in_sequence, sequence_of_token
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_offsets: Tensor, slots: Tensor
 ) -> Tensor:
-    """y[t] = silu(bias + sum_k weight[:, k] * input[t - (K - 1) + k]), inputs before a sequence from its slot.
+    """y[t] = silu(bias + sum_k weight[:, k] * input[t - (K - 1) + k]), earlier inputs from the slot.
 
     x:            (T, D) packed tokens; rows may be strided (a view of the packed projection).
     weight, bias: (D, K) and (D,) or None.

@@ -29,7 +29,7 @@ class MixerConfig:
     use_bias: bool = False
     use_conv_bias: bool = True
     mixer_rms_eps: float | None = None
-    """Epsilon of the weightless RMS normalisation of dt, B and C (Falcon-Mamba); None for no normalisation."""
+    """Epsilon of the weightless RMS normalisation of dt, B and C (Falcon-Mamba); None for none."""
 
 
 class ChannelConv(nn.Module):

@@ -114,7 +114,7 @@ class ZambaConfig:
 
 
 def _hybrid_layers(raw: dict[str, Any]) -> tuple[int, ...]:
-    """Layers with attention: listed, or from the period and offset that transformers counts from layer 3 on."""
+    """Layers with attention: listed, or by the period and offset that transformers counts from layer 3."""
     kinds = raw.get("layers_block_type") or raw.get("layer_types")
     if kinds is not None:
         return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
@@ -123,19 +123,19 @@ def _hybrid_layers(raw: dict[str, Any]) -> tuple[int, ...]:
 
 
 class HeadLinear(nn.Module):
-    """A projection into attention heads, weight (heads, head_dim, d_in): (T, d_in) -> (T, heads, head_dim)."""
+    """A projection into attention heads: weight (heads, head_dim, d_in)."""
 
     def __init__(self, d_in: int, heads: int, head_dim: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(heads, head_dim, d_in))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Project to the heads held."""
+        """(T, d_in) -> (T, heads held, head_dim)."""
         return F.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
 
 
 class HeadMerge(nn.Module):
-    """The projection out of attention heads, weight (d_out, heads, head_dim); a shard leaves a partial sum."""
+    """The projection out of attention heads: weight (d_out, heads, head_dim); a shard leaves a partial sum."""
 
     def __init__(self, heads: int, head_dim: int, d_out: int) -> None:
         super().__init__()

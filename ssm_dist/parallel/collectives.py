@@ -21,7 +21,7 @@ def register_group(name: str, group: dist.ProcessGroup) -> str:
 
 @torch.library.custom_op("ssm_dist::tp_all_reduce", mutates_args=())
 def tp_all_reduce(x: Tensor, group: str) -> Tensor:
-    """The sum of every rank's x over `group`, the same bits on all of them, in a fresh tensor of x's dtype."""
+    """The sum of every rank's x over `group`, the same bits on all, in a fresh tensor of x's dtype."""
     total = x.clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=_groups[group])
     return total

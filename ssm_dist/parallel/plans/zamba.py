@@ -1,8 +1,8 @@
 """Zamba: heads of the mixer and of the attention split over ranks.
 
-x_proj reduces within the ranks that share a Mamba head: nobody at degree 2, pairs at 4. The linear that follows
-the shared block stays whole and works on the block's partial sum: one reduction, at the layer's norm, instead
-of two.
+x_proj reduces within the ranks that share a Mamba head: nobody at degree 2, pairs at 4. The linear that
+follows the shared block stays whole and works on the block's partial sum: one reduction, at the layer's norm,
+instead of two.
 """
 
 from ssm_dist.parallel.plan import Plan
