@@ -8,8 +8,9 @@
     assert run_on_ranks(2, sum_over_ranks, 10) == [21.0, 21.0]
 
 Workers are forked from one server that has imported torch, so that a pool costs a fraction of a second, and
-serve until the session ends. A pool that has seen a failure is ended, since its ranks may no longer agree on
-the next collective; the next call starts another.
+serve until the session ends. Keep fn in a module without slow imports of its own: transformers takes seconds.
+A pool that has seen a failure is ended, since its ranks may no longer agree on the next collective; the next
+call starts another.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ import torch.distributed as dist
 
 Device = Literal["cpu", "cuda"]
 Result = TypeVar("Result")
+
+PRELOADED = ["torch", "torch.distributed.tensor", "torch._dynamo", "ssm_dist.checkpoint", "ssm_dist.registry"]
+"""What nearly every test needs, and takes seconds to import."""
 
 TIMEOUT = 120.0
 """Seconds that a call may take before its ranks count as hung."""
@@ -91,7 +95,7 @@ class _Pool:
     @classmethod
     def start(cls, n: int, device: Device) -> _Pool:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed.tensor"])
+        context.set_forkserver_preload(PRELOADED)
         folder = tempfile.TemporaryDirectory(prefix="ranks")
         processes, connections = [], []
         for rank in range(n):
