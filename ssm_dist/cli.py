@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -55,6 +56,8 @@ def _run(words: list[str]) -> None:
     except SystemExit:  # after --help
         return
     config = build_config(flags.pop("config", None), flags, command.schema)
+    speaks = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.INFO if speaks else logging.ERROR, format="%(message)s")
     importlib.import_module(f"ssm_dist.commands.{name}").run(config)
     _close_ranks()
 

@@ -135,7 +135,7 @@ class HeadLinear(nn.Module):
 
 
 class HeadMerge(nn.Module):
-    """The projection out of attention heads: weight (d_out, heads, head_dim); a shard leaves a partial sum."""
+    """The projection out of attention heads: weight (d_out, heads, head_dim); a shard's is a partial sum."""
 
     def __init__(self, heads: int, head_dim: int, d_out: int) -> None:
         super().__init__()
