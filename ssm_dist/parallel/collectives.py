@@ -57,9 +57,10 @@ def broadcast_bytes(data: bytes, group: str, device: torch.device) -> bytes:
     handle = _groups[group]
     size = torch.tensor([len(data)], device=device)
     dist.broadcast(size, group_src=0, group=handle)
+    if int(size) == 0:  # torch.frombuffer refuses an empty buffer
+        return b""
     buffer = torch.zeros(int(size), dtype=torch.uint8, device=device)
     if dist.get_rank(handle) == 0:
         buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    if buffer.numel():
-        dist.broadcast(buffer, group_src=0, group=handle)
+    dist.broadcast(buffer, group_src=0, group=handle)
     return buffer.cpu().numpy().tobytes()
