@@ -17,6 +17,7 @@ from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
+from ssm_dist.memory import estimate, require_memory
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
 from ssm_dist.ranks import Ranks, init_ranks
@@ -74,6 +75,7 @@ def load_model(config: Config) -> LoadedModel:
     model = build_meta(source)
     tp = TensorParallel.over_all_ranks(ranks.device.type) if ranks.world > 1 else None
     plan = resolve_plan(model, source.spec.plan, 1) if tp is None else apply_plan(model, tp, source.spec.plan)
+    _check_memory(model, source, plan, config, ranks)
     _load(model, source, ranks)
     localise(model)
     checkpoint = source.checkpoint
@@ -120,6 +122,32 @@ def build_meta(source: Source) -> LanguageModel:
     """The whole model on the meta device: shapes and dtypes without memory."""
     with torch.device("meta"), _default_dtype(source.dtype):
         return source.spec.build(source.config)
+
+
+def _check_memory(
+    model: LanguageModel, source: Source, plan: ResolvedPlan, config: Config, ranks: Ranks
+) -> None:
+    """Raise on all ranks alike when one of them lacks the memory that the job will take."""
+    need = estimate(
+        source.config,
+        model.state_shapes(),
+        plan.parameters,
+        dtype=source.dtype,
+        state_dtype=getattr(torch, config.cache.state_dtype),
+        max_sequences=config.cache.max_sequences,
+        max_tokens=config.cache.max_tokens,
+        chunk_tokens=config.prefill.chunk_tokens,
+    )
+
+    def least(free: int) -> int:
+        if ranks.world == 1:
+            return free
+        smallest = torch.tensor(free, device=ranks.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
+
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    require_memory(need, ranks.device, ranks_here=ranks_here, minimum=least)
 
 
 def _load(model: LanguageModel, source: Source, ranks: Ranks) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections import Counter
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -18,7 +20,8 @@ def run(config: Config) -> None:
     """Print the placements and reductions of [model] at [parallel] tensor, in one process."""
     source = open_source(config, "cuda")
     plan = resolve_plan(build_meta(source), source.spec.plan, config.parallel.tensor)
-    console = Console()
+    # paths must not be cut off where the output is not a terminal
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_parameters(plan, config.parallel.tensor))
     console.print(_reductions(plan))
     total = sum(p.local_bytes for p in plan.parameters)
@@ -30,7 +33,7 @@ def _parameters(plan: ResolvedPlan, degree: int) -> Table:
     groups: dict[tuple[object, ...], list[ParameterPlacement]] = {}
     for p in plan.parameters:
         groups.setdefault((_pattern(p.path), p.shape, p.dim, p.dtype), []).append(p)
-    table = Table(title=f"Parameters at degree {degree}", title_justify="left")
+    table = Table(title=f"Parameters at degree {degree}", title_justify="left", box=SIMPLE)
     for column in ("parameter", "count", "shape", "dtype", "placement", "shape a rank", "bytes a rank"):
         table.add_column(column, justify="right" if column in ("count", "bytes a rank") else "left")
     for (path, *_), alike in groups.items():
@@ -44,7 +47,7 @@ def _parameters(plan: ResolvedPlan, degree: int) -> Table:
 
 
 def _reductions(plan: ResolvedPlan) -> Table:
-    table = Table(title="Reductions", title_justify="left")
+    table = Table(title="Reductions", title_justify="left", box=SIMPLE)
     for column in ("module", "count", "what", "numbers a token", "ranks"):
         table.add_column(
             column, justify="right" if column in ("count", "numbers a token", "ranks") else "left"
