@@ -1,0 +1,99 @@
+"""Launch configurations of the Triton kernels: chosen offline, recorded here, never searched while serving.
+
+A search at run time could make ranks differ, and its first answers come late. The rows for sm_90 come from
+`python -m ssm_dist.kernel_benchmark --sweep` on an H200 (132 multiprocessors, 4.3 TB/s). Those for sm_80 and
+sm_86 are reasoned from it: a third to a half of the bandwidth needs fewer bytes in flight, and 64 KB of
+registers feed the same number of warps, so smaller tiles reach the same occupancy.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import TypeAlias
+
+import torch
+
+Configuration: TypeAlias = dict[str, int]
+Rows: TypeAlias = list[tuple[float, Configuration]]
+"""(largest size, configuration), rising; an op's wrapper says what its size counts."""
+
+ANY = float("inf")
+
+TABLE: dict[str, dict[int, Rows]] = {
+    # size: tokens * channels
+    "causal_conv": {
+        90: [
+            (16e6, {"BLOCK_T": 16, "TILE": 16, "BLOCK_D": 256, "num_warps": 1}),
+            (48e6, {"BLOCK_T": 32, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (ANY, {"BLOCK_T": 64, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+        ],
+        80: [
+            (16e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (ANY, {"BLOCK_T": 64, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+        ],
+    },
+    # size: sequences * channels
+    "causal_conv_update": {
+        90: [
+            (16e3, {"SEQUENCES": 1, "BLOCK_D": 128, "num_warps": 1}),
+            (512e3, {"SEQUENCES": 1, "BLOCK_D": 256, "num_warps": 1}),
+            (ANY, {"SEQUENCES": 4, "BLOCK_D": 256, "num_warps": 1}),
+        ],
+        80: [
+            (512e3, {"SEQUENCES": 1, "BLOCK_D": 128, "num_warps": 1}),
+            (ANY, {"SEQUENCES": 2, "BLOCK_D": 256, "num_warps": 1}),
+        ],
+    },
+    # size: sequences * channels * states
+    "selective_state_update": {
+        90: [
+            (512e3, {"SEQUENCES": 1, "BLOCK_D": 16, "num_warps": 1}),
+            (2e6, {"SEQUENCES": 1, "BLOCK_D": 32, "num_warps": 1}),
+            (ANY, {"SEQUENCES": 4, "BLOCK_D": 64, "num_warps": 4}),
+        ],
+        80: [
+            (1e6, {"SEQUENCES": 1, "BLOCK_D": 16, "num_warps": 1}),
+            (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
+        ],
+    },
+    # size: rows
+    "add_rms_norm": {
+        90: [(264, {"num_warps": 8}), (ANY, {"num_warps": 4})],
+        80: [(216, {"num_warps": 8}), (ANY, {"num_warps": 4})],
+    },
+}
+
+_forced: dict[str, Configuration] = {}
+
+
+def configuration(op: str, size: float, device: torch.device) -> Configuration:
+    """The configuration of `op` for that size, on the newest recorded architecture not newer than `device`.
+
+    Devices older than all of them, and the interpreter, use the oldest.
+    """
+    if op in _forced:
+        return _forced[op]
+    architectures = TABLE[op]
+    known = [a for a in architectures if a <= _architecture(device)] or [min(architectures)]
+    return next(config for limit, config in architectures[max(known)] if size <= limit)
+
+
+@contextlib.contextmanager
+def forced(op: str, config: Configuration) -> Iterator[None]:
+    """Run a block with one configuration of `op` (the sweep; tests of block boundaries)."""
+    _forced[op] = config
+    try:
+        yield
+    finally:
+        del _forced[op]
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
+    """Compute capability as one number, 90 for 9.0; 0 for a CPU, where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
