@@ -1,0 +1,122 @@
+"""Triton kernels of the RMS normalisations. Bound by memory for long prompts, by latency while decoding."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_dist.kernels import backend, tuning
+
+
+@triton.jit
+def _add_rms_norm_kernel(
+    branch, residual, weight, y, total, branch_row, residual_row, width, eps,
+    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: one row. The sum is stored only where there was something to add or to widen."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.zeros((BLOCK,), tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + row * residual_row + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BRANCH:
+        value += tl.load(branch + row * branch_row + column, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total + row * width + column, value, mask=inside)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    scaled = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + row * width + column, scaled.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rms_normalize_kernel(
+    x, y, rows, inner, outer_stride, inner_stride, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program: ROWS rows; row r of x is at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (row < rows)[:, None] & (column < width)[None, :]
+    begin = (row // inner).to(tl.int64) * outer_stride + (row % inner) * inner_stride
+    value = tl.load(x + begin[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)
+    at = y + (row.to(tl.int64) * width)[:, None] + column[None, :]
+    tl.store(at, (value * scale[:, None]).to(y.dtype.element_ty), mask=inside)
+
+
+def _launch(
+    branch: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Run the kernel; returns y and, where there is a branch, the stored sum."""
+    given = branch if residual is None else residual
+    assert given is not None and all(t is None or t.stride(-1) == 1 for t in (branch, residual))
+    rows, width = given.shape
+    y = given.new_empty(given.shape, dtype=weight.dtype)
+    total = y if branch is None else given.new_empty(given.shape, dtype=torch.float32)
+    if rows:
+        config = tuning.configuration("add_rms_norm", rows, given.device)
+        with torch.cuda.device_of(given):
+            _add_rms_norm_kernel[(rows,)](
+                branch, residual, weight, y, total,
+                0 if branch is None else branch.stride(0),
+                0 if residual is None else residual.stride(0), width, eps,
+                HAS_BRANCH=branch is not None, HAS_RESIDUAL=residual is not None,
+                BLOCK=triton.next_power_of_2(width), enable_fp_fusion=True, **config,
+            )  # fmt: skip
+    return y, total
+
+
+@torch.library.custom_op("ssm_dist::add_rms_norm", mutates_args=())
+def _add_and_norm(
+    branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _launch(branch, residual, weight, eps)
+
+
+@torch.library.custom_op("ssm_dist::rms_norm", mutates_args=())
+def _norm(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _launch(None, residual, weight, eps)[0]
+
+
+@_add_and_norm.register_fake
+def _(branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(branch, dtype=weight.dtype), torch.empty_like(branch, dtype=torch.float32)
+
+
+@_norm.register_fake
+def _(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return residual.new_empty(residual.shape, dtype=weight.dtype)
+
+
+@backend.register("add_rms_norm", "triton")
+def add_rms_norm(
+    branch: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`ssm_dist.kernels.add_rms_norm`; rows must be contiguous."""
+    if branch is not None:
+        return _add_and_norm(branch, residual, weight, eps)
+    assert residual is not None, "nothing to normalise"
+    return _norm(residual, weight, eps), residual.to(torch.float32)
+
+
+@backend.register("rms_normalize", "triton")
+@torch.library.custom_op("ssm_dist::rms_normalize", mutates_args=())
+def rms_normalize(x: Tensor, eps: float) -> Tensor:
+    """`ssm_dist.kernels.rms_normalize` for (T, n) or (T, G, n); the last axis must be contiguous."""
+    assert x.dim() in (2, 3) and x.stride(-1) == 1
+    width, inner = x.shape[-1], x.shape[1] if x.dim() == 3 else 1
+    rows = x.shape[0] * inner
+    y = x.new_empty(x.shape)
+    block = triton.next_power_of_2(width)
+    per_program = max(1, 1024 // block)
+    if rows:
+        with torch.cuda.device_of(x):
+            _rms_normalize_kernel[(triton.cdiv(rows, per_program),)](
+                x, y, rows, inner, x.stride(0), x.stride(-2), width, eps,
+                ROWS=per_program, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+            )  # fmt: skip
+    return y
+
+
+@rms_normalize.register_fake
+def _(x: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
