@@ -18,7 +18,7 @@ from ssm_dist.checkpoint.progress import byte_progress
 from ssm_dist.checkpoint.weights import WeightMap, parameter_dtype
 from ssm_dist.errors import UserError
 
-_WINDOW = 256 << 20
+_WINDOW = 64 << 20
 """Bytes of a file's tensors that are mapped into memory before the file is opened anew.
 
 A mapping counts all pages ever touched as this process's memory; reopening lets go of them.

@@ -17,7 +17,7 @@ from ssm_dist.checkpoint.layouts import Shape
 from ssm_dist.checkpoint.parameters import Held, held, replace_parameters
 from ssm_dist.checkpoint.weights import parameter_dtype
 
-_CHUNK = {"cpu": 1 << 18, "cuda": 1 << 24}  # elements at a time: in cache, or enough to fill the device
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 24}  # elements at a time: in cache, or enough to fill the device
 _GOLDEN, _MIX_1, _MIX_2 = -0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15  # splitmix64
 _DT_MIN, _DT_MAX = 1e-3, 1e-1
 

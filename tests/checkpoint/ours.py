@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,9 +18,25 @@ from ssm_dist.registry import spec_for
 from ssm_dist.state_cache import StateCache
 
 
-def load_ours(
-    folder: Path, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32
-) -> tuple[nn.Module, list[ParameterPlacement], WeightMap]:
+@dataclass(frozen=True)
+class Ours:
+    """A model of ours, and what saving it takes."""
+
+    model: nn.Module
+    placements: list[ParameterPlacement]
+    weights: WeightMap
+    config: dict[str, Any]
+    """For config.json."""
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def save(self, folder: Path, **options: Any) -> None:
+        save_huggingface(self.model, self.placements, self.weights, self.config, folder, **options)
+
+
+def load_ours(folder: Path, tp: TensorParallel | None = None, dtype: torch.dtype = torch.float32) -> Ours:
     """Our model of a folder, its parameters DTensors on the ranks of `tp`, whole tensors without."""
     checkpoint = open_checkpoint(folder)
     spec = spec_for(checkpoint.config["model_type"])
@@ -30,7 +48,7 @@ def load_ours(
     resolved = resolve_plan(model, spec.plan, 1) if tp is None else apply_plan(model, tp, spec.plan)
     weights = spec.weights(config)
     load_parameters(model, checkpoint, weights, device="cpu", dtype=dtype)
-    return model, resolved.parameters, weights
+    return Ours(model, resolved.parameters, weights, config.to_huggingface())
 
 
 def tensor_parallel() -> TensorParallel:
@@ -41,7 +59,7 @@ def tensor_parallel() -> TensorParallel:
 
 @torch.inference_mode()
 def our_logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (T, V) of one sequence of tokens (T,), by a localised model."""
+    """Logits (T, V_padded) of one sequence of tokens (T,), by a localised model."""
     localise(model)
     cache = StateCache(
         model.state_shapes(), max_sequences=1, max_tokens=len(tokens), dtype=torch.float32,
@@ -54,20 +72,19 @@ def our_logits(model: nn.Module, tokens: Tensor) -> Tensor:
         torch.arange(len(tokens)), pages=cache.page_table([slot]),
     )  # fmt: skip
     logits: Tensor = model.head(model(batch, cache.state))
-    return logits[:, : model.config.vocab_size]
+    return logits
 
 
 def whole_parameters(folder: Path) -> dict[str, Tensor]:
     """Load on this many ranks, and gather every parameter."""
-    model, _, _ = load_ours(folder, tensor_parallel())
-    return {path: parameter.full_tensor() for path, parameter in model.named_parameters()}
+    ours = load_ours(folder, tensor_parallel())
+    return {path: parameter.full_tensor() for path, parameter in ours.parameters.items()}
 
 
 def load_and_save(folder: Path, target: Path, localised: bool) -> None:
     """Load on this many ranks, and save again in several files."""
     tp = tensor_parallel()
-    model, placements, weights = load_ours(folder, tp)
+    ours = load_ours(folder, tp)
     if localised:
-        localise(model)
-    config = model.config.to_huggingface()
-    save_huggingface(model, placements, weights, config, target, mesh=tp.mesh, max_shard_bytes=20_000)
+        localise(ours.model)
+    ours.save(target, mesh=tp.mesh, max_shard_bytes=20_000)

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from ssm_dist.checkpoint import save_huggingface
 from ssm_dist.errors import UserError
 from tests.checkpoint.ours import load_and_save, load_ours, our_logits, whole_parameters
 from tests.checkpoint.tiny import MODEL_TYPES, VOCABULARY, transformers_model
@@ -39,7 +38,7 @@ def test_a_checkpoint_of_transformers_gives_the_logits_of_transformers(
 ) -> None:
     theirs = transformers_model(model_type, **changes)
     theirs.save_pretrained(tmp_path)
-    ours, _, _ = load_ours(tmp_path)
+    ours = load_ours(tmp_path).model
     tokens = torch.randint(VOCABULARY, (9,))
     torch.testing.assert_close(our_logits(ours, tokens), their_logits(theirs, tokens), atol=1e-5, rtol=1e-5)
 
@@ -48,7 +47,7 @@ def test_a_checkpoint_of_transformers_gives_the_logits_of_transformers(
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_shards_join_to_what_one_process_reads(tmp_path: Path, model_type: str, degree: int) -> None:
     transformers_model(model_type).save_pretrained(tmp_path)
-    alone = dict(load_ours(tmp_path)[0].named_parameters())
+    alone = load_ours(tmp_path).parameters
     for parameters in run_on_ranks(degree, whole_parameters, tmp_path):
         assert parameters.keys() == alone.keys()
         for path, parameter in parameters.items():
@@ -75,11 +74,7 @@ def test_transformers_loads_what_ranks_saved_with_the_same_logits(
 
 def test_a_saved_model_is_the_same_tensors_as_transformers_saves(tmp_path: Path) -> None:
     transformers_model("zamba").save_pretrained(tmp_path / "theirs")
-    model, placements, weights = load_ours(tmp_path / "theirs")
-    save_huggingface(
-        model, placements, weights, model.config.to_huggingface(), tmp_path / "ours",
-        tokenizer_source=tmp_path / "theirs",
-    )  # fmt: skip
+    load_ours(tmp_path / "theirs").save(tmp_path / "ours", tokenizer_source=tmp_path / "theirs")
     theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
@@ -89,29 +84,30 @@ def test_a_saved_model_is_the_same_tensors_as_transformers_saves(tmp_path: Path)
 
 def test_saving_refuses_a_folder_with_something_in_it(tmp_path: Path) -> None:
     transformers_model("mamba").save_pretrained(tmp_path)
-    model, placements, weights = load_ours(tmp_path)
+    ours = load_ours(tmp_path)
     with pytest.raises(UserError, match="not an empty folder"):
-        save_huggingface(model, placements, weights, {}, tmp_path)
+        ours.save(tmp_path)
 
 
 def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     transformers_model("mamba").save_pretrained(tmp_path / "theirs")
-    model, placements, weights = load_ours(tmp_path / "theirs")
+    ours = load_ours(tmp_path / "theirs")
+    ours.config["not JSON"] = object()
     with pytest.raises(TypeError):
-        save_huggingface(model, placements, weights, {"not JSON": object()}, tmp_path / "ours")
+        ours.save(tmp_path / "ours")
     assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 def test_tied_weights_stay_one_parameter(tmp_path: Path) -> None:
     transformers_model("mamba").save_pretrained(tmp_path)
-    model, _, _ = load_ours(tmp_path)
+    model = load_ours(tmp_path).model
     assert model.head.weight is model.embedding.weight
 
 
 def test_a_model_in_bfloat16_keeps_the_recurrence_in_float32(tmp_path: Path) -> None:
     transformers_model("mamba").save_pretrained(tmp_path)
-    model, _, _ = load_ours(tmp_path, dtype=torch.bfloat16)
-    wide = {path for path, p in model.named_parameters() if p.dtype == torch.float32}
+    ours = load_ours(tmp_path, dtype=torch.bfloat16)
+    wide = {path for path, p in ours.parameters.items() if p.dtype == torch.float32}
     assert wide == {f"layers.{i}.mixer.{name}" for i in range(3) for name in ("A_log", "D", "dt_proj.bias")}
 
 
@@ -148,9 +144,9 @@ SPELLINGS: dict[str, tuple[str, Any]] = {
 def test_other_spellings_of_the_same_weights_load(tmp_path: Path, spelling: str) -> None:
     model_type, rename = SPELLINGS[spelling]
     transformers_model(model_type).save_pretrained(tmp_path)
-    expected = dict(load_ours(tmp_path)[0].named_parameters())
+    expected = load_ours(tmp_path).parameters
     spelled_anew(tmp_path, rename)
-    found = dict(load_ours(tmp_path)[0].named_parameters())
+    found = load_ours(tmp_path).parameters
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[path], found[path]) for path in expected)
 
