@@ -7,31 +7,31 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
 from ssm_dist.parallel import TensorParallel, localise
-from tests.checkpoint.ours import load_ours
+from tests.checkpoint.ours import Ours, load_ours
 
 SLOTS = 20
 PAGE = 4
 """Tokens a page of keys and values; small, so that sequences have several."""
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> Ours:
     """The model of a checkpoint folder on local tensors: all of it, or on ranks this rank's shard."""
     tp = TensorParallel.over_all_ranks("cpu") if dist.is_initialized() else None
-    model, _, _ = load_ours(folder, tp, dtype)
-    localise(model)
-    return model
+    ours = load_ours(folder, tp, dtype)
+    localise(ours.model)
+    return ours
 
 
 class Run:
     """Sequences in flight. Slots and pages are dealt from shuffled decks; whatever nobody holds is NaN."""
 
-    def __init__(self, model: nn.Module, max_tokens: int = 160) -> None:
-        self.model = model
-        shapes = model.state_shapes()
+    def __init__(self, ours: Ours, max_tokens: int = 160) -> None:
+        self.model, self.vocab_size = ours.model, ours.config["vocab_size"]
+        shapes = self.model.state_shapes()
         dealer = torch.Generator().manual_seed(0)
         self.free = torch.randperm(SLOTS, generator=dealer).tolist()
         self.tables = torch.randperm(SLOTS * -(-max_tokens // PAGE), generator=dealer).view(SLOTS, -1).int()
@@ -64,7 +64,7 @@ class Run:
             decode=decode,
             pages=self.tables[slots] if self.state.attention else None,
         )
-        logits = self.model.head(self.model(batch, self.state))[:, : self.model.config.vocab_size]
+        logits = self.model.head(self.model(batch, self.state))[:, : self.vocab_size]
         for slot, n in zip(slots, lengths, strict=True):
             self.lengths[slot] += n
         return list(logits.split(lengths))
@@ -82,15 +82,15 @@ class Run:
         return written
 
 
-def at_once(model: nn.Module, tokens: list[int]) -> Tensor:
+def at_once(ours: Ours, tokens: list[int]) -> Tensor:
     """Logits (len(tokens), vocab_size) of one sequence in one step."""
-    run = Run(model)
+    run = Run(ours)
     return run.step(run.begin(), [tokens])[0]
 
 
-def in_chunks(model: nn.Module, tokens: list[int], chunk: int) -> Tensor:
+def in_chunks(ours: Ours, tokens: list[int], chunk: int) -> Tensor:
     """The same, `chunk` tokens a step."""
-    run = Run(model)
+    run = Run(ours)
     slots = run.begin()
     chunks = [tokens[i : i + chunk] for i in range(0, len(tokens), chunk)]
     return torch.cat([run.step(slots, [new])[0] for new in chunks])
@@ -107,9 +107,9 @@ class Outputs:
 
 def on_rank(folder: Path, prompts: list[list[int]], count: int, chunk: int) -> Outputs:
     """Logits of the last prompt, at once and in chunks, and `count` greedy tokens after each prompt."""
-    model = load(folder)
+    ours = load(folder)
     return Outputs(
-        at_once(model, prompts[-1]), in_chunks(model, prompts[-1], chunk), Run(model).greedy(prompts, count)
+        at_once(ours, prompts[-1]), in_chunks(ours, prompts[-1], chunk), Run(ours).greedy(prompts, count)
     )
 
 

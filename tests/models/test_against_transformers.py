@@ -52,13 +52,11 @@ def test_shards_give_the_logits_and_tokens_of_transformers(
 def test_bfloat16_stays_near_float32_and_keeps_the_scans_parameters_in_float32(
     checkpoint: Checkpoint, name: str
 ) -> None:
-    model, tokens = load(checkpoint(name), torch.bfloat16), PROMPTS[-1]
-    logits, expected = at_once(model, tokens).double(), expected_logits(name, tokens).double()
+    ours, tokens = load(checkpoint(name), torch.bfloat16), PROMPTS[-1]
+    logits, expected = at_once(ours, tokens).double(), expected_logits(name, tokens).double()
     assert (logits - expected).norm() < 0.1 * expected.norm()
-    wide = {path for path, p in model.named_parameters() if p.dtype == torch.float32}
-    assert wide == {
-        path for path, _ in model.named_parameters() if path.endswith(("A_log", ".D", "dt_proj.bias"))
-    }
+    wide = {path for path, p in ours.parameters.items() if p.dtype == torch.float32}
+    assert wide == {path for path in ours.parameters if path.endswith(("A_log", ".D", "dt_proj.bias"))}
 
 
 @cache

@@ -14,7 +14,7 @@ from tests.parallel.on_ranks import (
     compiled_and_eager,
     rank_tensor,
     shard_log_probs,
-    subgroup_sums,
+    subgroup_sum,
 )
 from tests.ranks import run_on_ranks
 
@@ -63,8 +63,8 @@ def test_gather_puts_columns_side_by_side_in_rank_order(
 
 
 def test_subgroups_are_neighbouring_ranks_and_are_made_once() -> None:
-    assert run_on_ranks(4, subgroup_sums, 2) == [(1.0, True), (1.0, True), (5.0, True), (5.0, True)]
-    assert run_on_ranks(4, subgroup_sums, 4) == [(6.0, True)] * 4
+    assert run_on_ranks(4, subgroup_sum, 2) == [(1.0, False), (1.0, False), (5.0, False), (5.0, False)]
+    assert run_on_ranks(4, subgroup_sum, 4) == [(6.0, False)] * 4
 
 
 @pytest.mark.parametrize("degree", [1, 2])
