@@ -1,0 +1,77 @@
+"""Times calls on a device, and measures its ceilings."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+REPEATS = 7
+LONG_ENOUGH = 4e-3
+"""Seconds that one timed stretch lasts at least."""
+
+
+class Clock:
+    """Seconds of calls on one device, and its ceilings."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.gpu = device.type == "cuda"
+        self.cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if self.gpu else 0
+
+    def seconds(self, calls: list[Call]) -> float:
+        """A pass over the calls divided by their number: captured and replayed on a GPU, plain on a CPU."""
+        for call in calls[:2]:
+            call()
+        one_pass = self._captured(calls) if self.gpu else lambda: [call() for call in calls]
+        passes = max(1, round(LONG_ENOUGH / max(self._stretch(one_pass, 1), 1e-7)))
+        stretches = [self._stretch(one_pass, passes) for _ in range(REPEATS if self.gpu else 1)]
+        return statistics.median(stretches) / passes / len(calls)
+
+    def eagerly(self, call: Call) -> float:
+        """One call outside any graph, best of two after one more."""
+        call()
+        return min(self._stretch(call, 1) for _ in range(2))
+
+    def _captured(self, calls: list[Call]) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+        graph.replay()
+        return graph.replay
+
+    def _stretch(self, call: Call, passes: int) -> float:
+        if not self.gpu:
+            start = time.perf_counter()
+            for _ in range(passes):
+                call()
+            return time.perf_counter() - start
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        for _ in range(passes):
+            call()
+        events[1].record()
+        events[1].synchronize()
+        return events[0].elapsed_time(events[1]) / 1e3
+
+    def ceilings(self) -> dict[str, float]:
+        """Bytes/s of a copy, operations/s of a bf16 product, special functions/s; not measured on a CPU."""
+        if not self.gpu:
+            return {}
+        source = torch.randint(256, (1 << 30,), device=self.device, dtype=torch.uint8)
+        target, n = torch.empty_like(source), 8192
+        copied = 2 * source.nbytes / self.seconds([lambda: target.copy_(source)])
+        a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16)
+        product = torch.empty_like(a)
+        multiplied = 2 * n**3 / self.seconds([lambda: torch.mm(a, b, out=product)])
+        properties = torch.cuda.get_device_properties(self.device)
+        clock_hz = 1e3 * getattr(properties, "clock_rate", 1_980_000)
+        special = 16 * clock_hz * properties.multi_processor_count
+        return {"bytes": copied, "flops": multiplied, "special": special}

@@ -1,0 +1,191 @@
+"""Times every op at the shapes of the released models, against its floor, the definition and its peers.
+
+    python -m ssm_dist.kernel_benchmark [--models mamba-2.8b ...] [--degrees 1 2 4] [--ops causal_conv ...]
+        [--sweep] [--out file.json]
+
+The floor of a case is the largest of three times: its bytes at the bandwidth of a large copy, its operations
+at the rate of a large matrix product, its special functions at 16 a clock a multiprocessor; the first two
+rates are measured at the start. Each timing replays a CUDA graph of calls on several sets of arguments,
+together larger than the L2 cache several times over; the median of its repeats counts. The last line is one
+JSON document. On a CPU, only the definitions are timed, to try the program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib.metadata
+import itertools
+import json
+import logging
+import operator
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from ssm_dist import kernels
+from ssm_dist.kernel_benchmark.cases import Case, cases
+from ssm_dist.kernel_benchmark.clock import Call, Clock
+from ssm_dist.kernel_benchmark.peers import installed_peers
+from ssm_dist.kernels import backend, tuning
+from ssm_dist.version import __version__
+
+logger = logging.getLogger(__name__)
+
+MOST_COPIES = 400
+REFERENCE_NUMBERS = 2048 * 5120
+"""Tokens * channels beyond which the definitions are not timed: they would take most of the run."""
+
+SWEEP: dict[str, list[tuning.Configuration]] = {
+    "causal_conv": [
+        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": 256 * w, "num_warps": w}
+        for t, tile, w in itertools.product((16, 32, 64, 128), (8, 16), (1, 2))
+        if tile <= t
+    ] + [{"BLOCK_T": t, "TILE": 8, "BLOCK_D": 128, "num_warps": 1} for t in (16, 32)],
+    "causal_conv_update": [
+        {"SEQUENCES": s, "BLOCK_D": d, "num_warps": w}
+        for s, d, w in itertools.product((1, 2, 4), (128, 256, 512), (1, 2))
+    ],
+    "selective_state_update": [
+        {"SEQUENCES": s, "BLOCK_D": d, "num_warps": w}
+        for s, (d, w) in itertools.product((1, 2, 4), ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4)))
+    ],
+    "add_rms_norm": [{"num_warps": w} for w in (2, 4, 8, 16)],
+}  # fmt: skip
+
+
+def measure(case: Case, clock: Clock, ceilings: dict[str, float], peers: dict[str, Any]) -> dict[str, Any]:
+    """One row of the report; times in microseconds."""
+    sets = _argument_sets(case, clock)
+    ours = clock.seconds([functools.partial(case.run, a) for a in sets])
+    row: dict[str, Any] = {**_shape(case), "us": 1e6 * ours, "gb_s": case.bytes / ours / 1e9}
+    if ceilings:
+        floor = max(getattr(case, unit) / rate for unit, rate in ceilings.items())
+        row |= {"floor_us": 1e6 * floor, "of_floor": floor / ours}
+    if case.sequences * case.tokens * case.width <= REFERENCE_NUMBERS:
+        with backend.using("reference"):
+            row["reference_us"] = 1e6 * clock.eagerly(lambda: case.run(sets[0]))
+    times = {}
+    for name, peer in peers.get(case.op, {}).items():
+        try:
+            times[name] = 1e6 * clock.seconds([peer(*a) for a in sets])
+        except Exception as error:
+            logger.info("%s cannot run %s: %s", name, case.op, error)
+    if times:
+        row["peer"] = min(times, key=times.__getitem__)
+        row["peer_us"], row["speedup"] = times[row["peer"]], times[row["peer"]] / row["us"]
+    return row
+
+
+def _shape(case: Case) -> dict[str, Any]:
+    return {name: getattr(case, name) for name in CASE_COLUMNS}
+
+
+def _argument_sets(case: Case, clock: Clock) -> list[list[Any]]:
+    """So many that a pass over them finds nothing of the last one in the cache."""
+    copies = max(1, min(MOST_COPIES, round(4 * clock.cache_bytes / case.bytes)))
+    return [case.make(clock.device) for _ in range(copies)]
+
+
+def sweep(case: Case, clock: Clock) -> dict[str, Any]:
+    """Microseconds of the recorded configuration and of all candidates, the fastest first."""
+    calls: list[Call] = [functools.partial(case.run, a) for a in _argument_sets(case, clock)]
+    recorded, found = 1e6 * clock.seconds(calls), []
+    for config in SWEEP[case.op]:
+        with tuning.forced(case.op, config):
+            found.append((1e6 * clock.seconds(calls), config))
+    found.sort(key=operator.itemgetter(0))
+    return {**_shape(case), "recorded_us": recorded, "candidates": found}
+
+
+def compiled_kernels() -> list[dict[str, Any]]:
+    """Registers and spills of everything that Triton compiled in this process."""
+    found = []
+    for module in [m for name, m in sys.modules.items() if name.startswith("ssm_dist.kernels.")]:
+        for function in vars(module).values():
+            for cache in getattr(function, "device_caches", {}).values():
+                found += [
+                    {"kernel": k.name, "warps": k.metadata.num_warps, "registers": k.n_regs,
+                     "spills": k.n_spills}
+                    for k in cache[0].values()
+                ]  # fmt: skip
+    return found
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What a report has to say of the machine and the libraries."""
+    versions = {"ssm_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    for package in ("triton", "mamba_ssm", "causal_conv1d"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    return {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", **versions}
+
+
+def table(rows: list[dict[str, Any]], title: str, columns: dict[str, str]) -> Table:
+    """`columns`: key of a row -> format of its value; a missing value is a dash."""
+    result = Table(title=title, title_justify="left", box=SIMPLE)
+    for name in columns:
+        result.add_column(name.replace("_", " "), justify="left" if columns[name] == "" else "right")
+    for row in rows:
+        result.add_row(*(format(row[key], form) if key in row else "-" for key, form in columns.items()))
+    return result
+
+
+CASE_COLUMNS = {"op": "", "model": "", "degree": "d", "sequences": "d", "tokens": "d", "width": "d"}
+COLUMNS = CASE_COLUMNS | {
+    "us": ".1f", "floor_us": ".1f", "of_floor": ".0%", "gb_s": ".0f", "reference_us": ".0f", "peer_us": ".1f",
+    "speedup": ".2f", "peer": "",
+}  # fmt: skip
+
+SWEEP_COLUMNS = CASE_COLUMNS | {"recorded_us": ".1f", "best_us": ".1f", "best": ""}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run what the command line asks for; raises `UserError` for what cannot run."""
+    options = _parser().parse_args(words)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = backend.select("triton" if device.type == "cuda" else "reference", device)
+    clock = Clock(device)
+    ceilings = clock.ceilings()
+    wanted = [c for c in cases(options.models, options.degrees) if not options.ops or c.op in options.ops]
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    report: dict[str, Any] = {"environment": environment(device), "backend": chosen, "ceilings": ceilings}
+    if options.sweep:
+        report["sweep"] = [sweep(c, clock) for c in wanted if c.op in SWEEP]
+        rows = [_best(row) for row in report["sweep"]]
+        console.print(table(rows, "Sweep", SWEEP_COLUMNS))
+    else:
+        peers = installed_peers() if device.type == "cuda" else {}
+        report["rows"] = [measure(c, clock, ceilings, peers) for c in wanted]
+        console.print(table(report["rows"], f"Kernels, backend {chosen}", COLUMNS))
+    report["kernels"] = compiled_kernels()
+    document = json.dumps(report)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(document + "\n")
+    print(document)
+
+
+def _best(row: dict[str, Any]) -> dict[str, Any]:
+    best_us, config = row["candidates"][0]
+    return {**row, "best_us": best_us, "best": " ".join(f"{k}={v}" for k, v in config.items())}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m ssm_dist.kernel_benchmark", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--models", nargs="+", default=["mamba-2.8b", "falcon-mamba-7b", "zamba-7b"])
+    parser.add_argument("--degrees", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--ops", nargs="+", default=[], choices=kernels.__all__, help="only these")
+    parser.add_argument("--sweep", action="store_true", help="time all candidate configurations instead")
+    parser.add_argument("--out", type=Path, help="write the JSON document here too")
+    return parser
