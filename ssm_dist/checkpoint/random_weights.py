@@ -73,7 +73,7 @@ def _values(path: str, shape: Shape, depth: int, key: int, places: Tensor) -> Te
         return dt + torch.log(-torch.expm1(-dt))
     if path.endswith(".bias"):
         return torch.zeros_like(places, dtype=torch.float32)
-    return _normal(_hash(key, places)) * _scale(path, shape, depth)
+    return _normal(_hash(key, places), _scale(path, shape, depth))
 
 
 def _scale(path: str, shape: Shape, depth: int) -> float:
@@ -101,7 +101,7 @@ def _hash(key: int, places: Tensor) -> Tensor:
     return z
 
 
-def _normal(bits: Tensor) -> Tensor:
-    """Nearly normal, of mean 0 and variance 1: the sum of the four 16-bit quarters (Irwin-Hall), exact."""
+def _normal(bits: Tensor, deviation: float) -> Tensor:
+    """Nearly normal, of mean 0: the exact sum of the four 16-bit quarters (Irwin-Hall), rounded once."""
     total = (bits & 0xFFFF) + ((bits >> 16) & 0xFFFF) + ((bits >> 32) & 0xFFFF) + ((bits >> 48) & 0xFFFF)
-    return (total - 2 * 0xFFFF).float() / math.sqrt((2**32 - 1) / 3)
+    return (total - 2 * 0xFFFF).float() * (deviation / math.sqrt((2**32 - 1) / 3))

@@ -66,7 +66,9 @@ def test_a_step_holds_no_more_than_was_estimated(name: str) -> None:
     need = estimate(config, model.state_shapes(), placements, chunk_tokens=2048, **settings, **types)
     before = torch.cuda.memory_allocated()
     random_parameters(model, device=device, dtype=torch.bfloat16)
-    assert torch.cuda.memory_allocated() - before == pytest.approx(need.weights, rel=1e-3)
+    assert torch.cuda.memory_allocated() - before == pytest.approx(
+        need.weights, rel=0.02
+    )  # in blocks of 512 bytes and more
     cache = StateCache(model.state_shapes(), device=device, **settings, **types)
     allocated = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

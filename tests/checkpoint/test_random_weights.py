@@ -76,7 +76,7 @@ def test_the_recurrence_starts_as_in_mamba() -> None:
 
 
 def test_the_numbers_are_near_normal_and_uncorrelated() -> None:
-    numbers = _normal(_hash(12345, torch.arange(1 << 20))).double()
+    numbers = _normal(_hash(12345, torch.arange(1 << 20)), 1.0).double()
     assert abs(numbers.mean()) < 5e-3
     assert abs(numbers.std() - 1) < 5e-3
     within = (numbers.abs() < 1).double().mean()
