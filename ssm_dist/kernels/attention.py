@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.ragged import sequence_of_token
@@ -51,6 +50,8 @@ def paged_attention_reference(
 
 def _attend(query: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
     """The last len(query) tokens of a sequence over its keys and values, each (tokens, heads, head_dim)."""
+    from torch.nn.attention.bias import causal_lower_right  # loads torch._dynamo, seconds of start-up
+
     q, k, v = (t.transpose(0, 1)[None] for t in (query, keys, values))
     mask = causal_lower_right(q.shape[2], k.shape[2])
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)[0].transpose(0, 1)
