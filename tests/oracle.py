@@ -5,11 +5,13 @@ transformers initialises norms, D and biases to ones and zeros, which would hide
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoModelForCausalLM,
     FalconMambaConfig,
     FalconMambaForCausalLM,
     MambaConfig,
@@ -74,6 +76,12 @@ def random_model(name: str) -> PreTrainedModel:
                 parameter.add_(torch.randn_like(parameter) * fan_in**-0.5)
             if model_type == "zamba":
                 _share_the_transformer(model)
+    return model
+
+
+def trained_model(folder: Path) -> PreTrainedModel:
+    """The model of a checkpoint folder, in float32."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     return model
 
 
