@@ -97,7 +97,8 @@ class Sampler:
             ids = torch.where(self._greedy[slots] | ~peak.isfinite(), ids, drawn)
         if self.work.penalise:
             assert self._seen is not None
-            self._seen[slots, ids] = True
+            # not by assignment: a scalar would be copied from the host, which a capture forbids
+            self._seen.index_put_((slots, ids), torch.ones_like(ids, dtype=torch.bool))
         if self.work.logprobs is None:
             return Sampled(ids, None, None, None)
         normaliser = logits.logsumexp(dim=-1, keepdim=True)
