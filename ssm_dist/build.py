@@ -70,7 +70,7 @@ def load_model(config: Config) -> LoadedModel:
     world size, checkpoint, degree, memory.
     """
     ranks = init_ranks(config.parallel.tensor, device_type())
-    kernels = backend.select(config.kernels.backend)
+    kernels = backend.select(config.kernels.backend, ranks.device)
     source = open_source(config, ranks.device.type, ranks)
     model = build_meta(source)
     tp = TensorParallel.over_all_ranks(ranks.device.type) if ranks.world > 1 else None
