@@ -87,7 +87,7 @@ class MambaConfig:
             "hidden_size": self.d_model,
             "num_hidden_layers": self.n_layers,
             "intermediate_size": self.d_inner,
-            "expand": exact_ratio(self.d_inner, self.d_model),
+            "expand": expansion(self.d_inner, self.d_model),
             "time_step_rank": self.dt_rank,
             "state_size": self.d_state,
             "conv_kernel": self.conv_width,
@@ -127,9 +127,14 @@ def require_activation(raw: dict[str, Any], key: str, supported: str) -> None:
         raise UserError(f"config.json: {key} = {raw[key]!r} is not supported; only {supported!r} is")
 
 
-def exact_ratio(numerator: int, denominator: int) -> int | float:
-    """numerator / denominator, as an integer where it is one (transformers multiplies it back)."""
-    return numerator // denominator if numerator % denominator == 0 else numerator / denominator
+def expansion(d_inner: int, d_model: int) -> int:
+    """transformers' `expand`. Raises `UserError` for sizes that its integer cannot express."""
+    if d_inner % d_model:
+        raise UserError(
+            f"transformers has no configuration for d_inner = {d_inner} with d_model = {d_model}: "
+            "its d_inner is a whole multiple of d_model"
+        )
+    return d_inner // d_model
 
 
 class MambaLayer(nn.Module):

@@ -15,7 +15,7 @@ from ssm_dist import kernels
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
-from ssm_dist.models.mamba import exact_ratio, require_activation
+from ssm_dist.models.mamba import expansion, require_activation
 from ssm_dist.models.mixer import MambaMixer, MixerConfig
 
 
@@ -93,7 +93,7 @@ class ZambaConfig:
             "vocab_size": self.vocab_size,
             "hidden_size": self.d_model,
             "num_hidden_layers": self.n_layers,
-            "mamba_expand": exact_ratio(self.d_inner, self.d_model),
+            "mamba_expand": expansion(self.d_inner, self.d_model),
             "mamba_dt_rank": self.dt_rank,
             "layers_block_type": ["hybrid" if i in hybrid else "mamba" for i in range(self.n_layers)],
             "num_attention_heads": self.attention_heads,
