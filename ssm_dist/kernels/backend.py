@@ -26,16 +26,19 @@ SERVES: dict[str, dict[str, str]] = {
     "add_rms_norm": {"triton": "triton", "mamba_ssm": "triton"},
     "causal_conv": {"triton": "triton", "mamba_ssm": "triton"},
     "causal_conv_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
-    "paged_attention": {"triton": "reference", "mamba_ssm": "reference"},
+    "decode_rows": {"triton": "reference", "mamba_ssm": "reference"},
+    "encode_rows": {"triton": "reference", "mamba_ssm": "reference"},
+    "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_state_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
+    "sum_rows": {"triton": "reference", "mamba_ssm": "reference"},
 }
 """Op -> backend -> whose implementation serves it. In backend `reference` it is always the definition."""
 
 MODULES = {
     "reference": (),
-    "triton": ("triton_conv", "triton_update", "triton_norm", "triton_scan"),
+    "triton": ("triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention"),
     "mamba_ssm": ("mamba_ssm_backend",),
 }
 """What has to be imported before an implementation can serve."""

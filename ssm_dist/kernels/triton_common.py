@@ -29,12 +29,29 @@ def chunk_of_program(seq_offsets, sequences, program, CHUNK: tl.constexpr, BLOCK
 
 
 @triton.jit
+def sequence_of(seq_offsets, sequences, token, BLOCK: tl.constexpr):
+    """The sequence that owns a packed token: as many as end before it come first."""
+    sequence = 0
+    for base in range(0, sequences, BLOCK):
+        s = base + tl.arange(0, BLOCK)
+        ends = tl.load(seq_offsets + s + 1, mask=s < sequences, other=2147483647)
+        sequence += tl.sum((ends <= token).to(tl.int32), 0)
+    return sequence
+
+
+@triton.jit
 def only_if(condition, limit):
     """`limit`, or 0 where a scalar condition fails: `index < only_if(c, n)` is `(index < n) & c`.
 
     The interpreter's mixed & of a block and a scalar makes no mask that tl.load takes.
     """
     return tl.where(condition, limit, 0)
+
+
+@triton.jit
+def factor(v):
+    """An operand of tl.dot, which the interpreter cannot multiply in bfloat16."""
+    return v.to(tl.float32) if INTERPRETED else v
 
 
 @triton.jit

@@ -63,6 +63,17 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [(264, {"num_warps": 8}), (ANY, {"num_warps": 4})],
         80: [(216, {"num_warps": 8}), (ANY, {"num_warps": 4})],
     },
+    # size: bytes of an element (what a tile of 64 queries of 512 takes in shared memory follows from it)
+    "paged_attention": {
+        90: [
+            (2, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}),
+            (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
+        ],
+        80: [
+            (2, {"BLOCK_M": 32, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
+            (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
+        ],
+    },
 }
 
 _forced: dict[str, Configuration] = {}

@@ -1,0 +1,233 @@
+"""Triton kernels of paged attention, for heads of any size (Zamba's 464: tiles of 512, the rest masked).
+
+New keys and values go to their pages first; attention then reads nothing but pages, in one of two forms:
+
+- many queries a sequence: a program holds a chunk of queries of one sequence and head, and walks over their
+  context with tensor-core products and an online softmax (arXiv 2205.14135);
+- few: a program of one warp holds one query and walks over a part of its context, so that few sequences still
+  keep every multiprocessor reading; a second kernel joins the parts.
+
+Both are right for every ragged batch; sizes known to the host choose between them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.triton_common import chunk_of_program, exp2, factor, sequence_of
+
+PROGRAMS = 1056
+"""One-warp programs that keep a large GPU's memory busy: 8 a multiprocessor."""
+MOST_PARTS = 256
+PART_BLOCK = 8
+"""Tokens of context that a one-warp program reads at once."""
+JOINED = 128
+"""Numbers of a head that one joining program sums."""
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _row_of(pages, sequence, table_row, place, page_size, here, page_stride, row_stride):
+    """Where tokens of a sequence lie in the pages; places that are not `here` are not looked up."""
+    page = tl.load(pages + sequence * table_row + place // page_size, mask=here, other=0).to(tl.int64)
+    return page * page_stride + (place % page_size) * row_stride
+
+
+@triton.jit
+def _store_kernel(
+    key, value, key_pages, value_pages, seq_offsets, positions, pages,
+    key_row, key_head, value_row, value_head, page_stride, row_stride, head_stride, table_row,
+    sequences, heads, size, page_size, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program: one head of one new token, into its page."""
+    token, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    sequence = sequence_of(seq_offsets, sequences, token, BLOCK_S)
+    place = tl.load(positions + token).to(tl.int32)
+    at = (
+        _row_of(pages, sequence, table_row, place, page_size, True, page_stride, row_stride)
+        + head * head_stride
+    )
+    n = tl.arange(0, BLOCK)
+    inside = n < size
+    token = token.to(tl.int64)
+    k = tl.load(key + token * key_row + head * key_head + n, mask=inside)
+    v = tl.load(value + token * value_row + head * value_head + n, mask=inside)
+    tl.store(key_pages + at + n, k.to(key_pages.dtype.element_ty), mask=inside)
+    tl.store(value_pages + at + n, v.to(value_pages.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _chunk_kernel(
+    query, key_pages, value_pages, y, seq_offsets, positions, pages, scale,
+    query_row, query_head, page_stride, row_stride, head_stride, table_row,
+    sequences, heads, size, page_size,
+    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_M queries of one sequence and head; the last chunks see most and start first."""
+    head = tl.program_id(0) % heads
+    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    sequence, _, end, first = chunk_of_program(seq_offsets, sequences, chunk, BLOCK_M, BLOCK_S)
+    if first >= end:
+        return
+    n = tl.arange(0, BLOCK)
+    inside = (n < size)[None, :]
+    token = first + tl.arange(0, BLOCK_M)
+    mine = token < end
+    place = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
+    at = token.to(tl.int64)[:, None]
+    q = tl.load(
+        query + at * query_row + head * query_head + n[None, :], mask=mine[:, None] & inside, other=0.0
+    )
+    context = tl.max(place, 0) + 1
+
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK), tl.float32)
+    for begin in range(0, context, BLOCK_N):
+        seen = begin + tl.arange(0, BLOCK_N)
+        here = seen < context
+        row = _row_of(pages, sequence, table_row, seen, page_size, here, page_stride, row_stride)
+        cell = (row + head * head_stride)[:, None] + n[None, :]
+        k = tl.load(key_pages + cell, mask=here[:, None] & inside, other=0.0).to(q.dtype)
+        scores = tl.dot(factor(q), factor(tl.trans(k)), input_precision=PRECISION) * (scale * LOG2_E)
+        # Every row has its first block's first token, so that no maximum stays at minus infinity.
+        scores = tl.where(seen[None, :] <= place[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1))
+        shares = exp2(scores - higher[:, None])
+        fade = exp2(top - higher)
+        v = tl.load(value_pages + cell, mask=here[:, None] & inside, other=0.0).to(q.dtype)
+        total = total * fade + tl.sum(shares, 1)
+        acc = tl.dot(factor(shares.to(q.dtype)), factor(v), acc * fade[:, None], input_precision=PRECISION)
+        top = higher
+    out = y + (at * heads + head) * size + n[None, :]
+    tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mine[:, None] & inside)
+
+
+@triton.jit
+def _part_kernel(
+    query, key_pages, value_pages, y, sums, tops, totals, seq_offsets, positions, pages, scale,
+    query_row, query_head, page_stride, row_stride, head_stride, table_row,
+    sequences, heads, size, page_size,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One program: one query and head over one of PARTS equal parts of its context."""
+    head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
+    part, token = rest % PARTS, rest // PARTS
+    sequence = sequence_of(seq_offsets, sequences, token, BLOCK_S)
+    context = tl.load(positions + token).to(tl.int32) + 1
+    length = tl.cdiv(tl.cdiv(context, PARTS), BLOCK_N) * BLOCK_N
+    end = tl.minimum(part * length + length, context)
+    n = tl.arange(0, BLOCK)
+    inside = n < size
+    q = tl.load(query + token.to(tl.int64) * query_row + head * query_head + n, mask=inside, other=0.0)
+    q = q.to(tl.float32) * (scale * LOG2_E)
+
+    top = tl.max(tl.full((BLOCK_N,), float("-inf"), tl.float32), 0)
+    total = tl.sum(tl.zeros((BLOCK_N,), tl.float32), 0)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for begin in range(part * length, end, BLOCK_N):
+        seen = begin + tl.arange(0, BLOCK_N)
+        here = seen < end
+        row = _row_of(pages, sequence, table_row, seen, page_size, here, page_stride, row_stride)
+        cell = (row + head * head_stride)[:, None] + n[None, :]
+        k = tl.load(key_pages + cell, mask=here[:, None] & inside[None, :], other=0.0)
+        v = tl.load(value_pages + cell, mask=here[:, None] & inside[None, :], other=0.0)
+        scores = tl.where(here, tl.sum(q[None, :] * k.to(tl.float32), 1), float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 0))
+        shares = exp2(scores - higher)
+        fade = exp2(top - higher)
+        total = total * fade + tl.sum(shares, 0)
+        acc = acc * fade + tl.sum(shares[:, None] * v.to(tl.float32), 0)
+        top = higher
+    item = token.to(tl.int64) * heads + head
+    if PARTS == 1:
+        tl.store(y + item * size + n, (acc / total).to(y.dtype.element_ty), mask=inside)
+    else:
+        tl.store(sums + (item * PARTS + part) * size + n, acc, mask=inside)
+        tl.store(tops + item * PARTS + part, top)
+        tl.store(totals + item * PARTS + part, total)
+
+
+@triton.jit
+def _join_kernel(
+    sums, tops, totals, y, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
+):
+    """One program: BLOCK numbers of one query and head, from all parts; an empty part has weight 0."""
+    blocks = tl.cdiv(size, BLOCK)
+    item = (tl.program_id(0) // blocks).to(tl.int64)
+    n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
+    parts = item * PARTS + tl.arange(0, PARTS)
+    all_tops = tl.load(tops + parts)
+    highest = tl.max(all_tops, 0)
+    total = tl.sum(exp2(all_tops - highest) * tl.load(totals + parts), 0)
+    acc = tl.zeros((BLOCK,), tl.float32)
+    for begin in tl.static_range(0, PARTS, BLOCK_P):
+        some = item * PARTS + begin + tl.arange(0, BLOCK_P)
+        weights = exp2(tl.load(tops + some) - highest)
+        values = tl.load(sums + some[:, None] * size + n[None, :], mask=(n < size)[None, :], other=0.0)
+        acc += tl.sum(weights[:, None] * values, 0)
+    tl.store(y + item * size + n, (acc / total).to(y.dtype.element_ty), mask=n < size)
+
+
+@backend.register("paged_attention", "triton")
+@torch.library.custom_op("ssm_dist::paged_attention", mutates_args=("key_pages", "value_pages"))
+def paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
+    seq_offsets: Tensor, positions: Tensor, pages: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    """`ssm_dist.kernels.paged_attention`; heads must be contiguous, both sets of pages in the same strides."""
+    assert all(t.stride(-1) == 1 for t in (query, key, value, key_pages, value_pages, pages))
+    assert key_pages.stride() == value_pages.stride()
+    y = query.new_empty(query.shape)
+    if not query.shape[0]:
+        return y
+    (tokens, heads, size), sequences = query.shape, pages.shape[0]
+    of_pages = (*key_pages.stride()[:3], pages.stride(0), sequences, heads, size, key_pages.shape[1])
+    block = max(16, triton.next_power_of_2(size))
+    blocks = {"BLOCK": block, "BLOCK_S": min(triton.next_power_of_2(sequences), 256)}
+    with torch.cuda.device_of(query):
+        _store_kernel[(tokens * heads,)](
+            key, value, key_pages, value_pages, seq_offsets, positions, pages,
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1), *of_pages, **blocks, num_warps=2,
+        )  # fmt: skip
+        walk = (query, key_pages, value_pages, y)
+        where = (seq_offsets, positions, pages, scale, query.stride(0), query.stride(1), *of_pages)
+        if tokens > sequences:
+            config = tuning.configuration("paged_attention", query.element_size(), query.device)
+            _chunk_kernel[((tokens // config["BLOCK_M"] + sequences) * heads,)](
+                *walk, *where, **blocks, **config, enable_fp_fusion=True,
+                PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            )  # fmt: skip
+        else:
+            _attend_in_parts(walk, where, blocks)
+    return y
+
+
+def _attend_in_parts(walk: tuple[Tensor, ...], where: tuple[object, ...], blocks: dict[str, int]) -> None:
+    """The form for few queries, and the joining of its parts."""
+    query, _, _, y = walk
+    tokens, heads, size = query.shape
+    parts = min(MOST_PARTS, triton.next_power_of_2(max(1, PROGRAMS // (tokens * heads))))
+    sums = query.new_empty((tokens, heads, parts, size), dtype=torch.float32)
+    tops, totals = query.new_empty((2, tokens, heads, parts), dtype=torch.float32)
+    _part_kernel[(tokens * heads * parts,)](
+        *walk, sums, tops, totals, *where, PARTS=parts, BLOCK_N=PART_BLOCK, **blocks, num_warps=1,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    if parts > 1:
+        _join_kernel[(tokens * heads * triton.cdiv(size, JOINED),)](
+            sums, tops, totals, y, size, PARTS=parts, BLOCK=JOINED, BLOCK_P=min(parts, 32), num_warps=4,
+            enable_fp_fusion=True,
+        )  # fmt: skip
+
+
+@paged_attention.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
+    seq_offsets: Tensor, positions: Tensor, pages: Tensor, scale: float,
+) -> Tensor:  # fmt: skip
+    return query.new_empty(query.shape)
