@@ -1,5 +1,7 @@
 """Causal attention over pages of keys and values, for ragged batches."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,7 +40,7 @@ def paged_attention_reference(
     value_pages.flatten(0, 1)[where] = value.to(value_pages.dtype)
     out = torch.empty_like(query)
     bounds = seq_offsets.tolist()
-    for s, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for s, (start, end) in enumerate(pairwise(bounds)):
         if start == end:
             continue
         context = int(positions[end - 1]) + 1

@@ -1,7 +1,7 @@
 """Index arithmetic of ragged batches, shared by the reference kernels."""
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 
 def sequence_of_token(seq_offsets: Tensor, tokens: int) -> Tensor:
