@@ -14,12 +14,14 @@ import torch.distributed as dist
 from ssm_dist.checkpoint.folder import Checkpoint, open_checkpoint
 from ssm_dist.checkpoint.load import load_parameters, resolve_dtype
 from ssm_dist.checkpoint.random_weights import random_parameters
-from ssm_dist.config import Config
+from ssm_dist.config import Config, ReductionConfig
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.codecs import CodecName
 from ssm_dist.memory import estimate, require_memory
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
+from ssm_dist.parallel.collectives import Reductions, Wire
 from ssm_dist.ranks import Ranks, init_ranks
 from ssm_dist.registry import ModelConfig, ModelSpec, preset, spec_for
 from ssm_dist.text import Tokenizer, read_eos_ids
@@ -73,7 +75,9 @@ def load_model(config: Config) -> LoadedModel:
     kernels = backend.select(config.kernels.backend, ranks.device)
     source = open_source(config, ranks.device.type, ranks)
     model = build_meta(source)
-    tp = TensorParallel.over_all_ranks(ranks.device.type) if ranks.world > 1 else None
+    tp = None
+    if ranks.world > 1:
+        tp = TensorParallel.over_all_ranks(ranks.device.type, reductions_of(config.reduction))
     plan = resolve_plan(model, source.spec.plan, 1) if tp is None else apply_plan(model, tp, source.spec.plan)
     _check_memory(model, source, plan, config, ranks)
     _load(model, source, ranks)
@@ -122,6 +126,20 @@ def build_meta(source: Source) -> LanguageModel:
     """The whole model on the meta device: shapes and dtypes without memory."""
     with torch.device("meta"), _default_dtype(source.dtype):
         return source.spec.build(source.config)
+
+
+def reductions_of(section: ReductionConfig) -> Reductions:
+    """What [reduction] asks for, by kind of reduction."""
+
+    def wire(codec: CodecName) -> Wire:
+        return Wire(codec, section.group_size or (32 if codec == "int4" else 128), section.algorithm)
+
+    return Reductions(
+        wire(section.codec),
+        wire(section.x_proj_codec),
+        wire(section.embedding_codec),
+        section.timeout_seconds,
+    )
 
 
 def _check_memory(

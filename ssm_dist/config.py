@@ -65,8 +65,29 @@ class ReductionConfig(Section):
     codec: Literal["none", "int8", "fp8", "int4"] = "none"
     """Quantisation of what crosses ranks; none sends it as it is."""
 
-    group_size: Literal[32, 128] = 128
-    """Values that share a scale in a quantised reduction."""
+    group_size: Literal[32, 128] | None = None
+    """Values that share a scale in a quantised reduction; by default 128, and 32 for int4."""
+
+    x_proj_codec: Literal["none", "int8", "fp8", "int4"] = "none"
+    """The same for x_proj's small sum, which feeds the recurrence and is best left exact."""
+
+    embedding_codec: Literal["none", "int8", "fp8", "int4"] = "none"
+    """The same for the embedding, which is exact without it."""
+
+    algorithm: Literal["auto", "all_reduce", "exchange"] = "auto"
+    """How ranks reduce; auto goes by the size. all_reduce is NCCL's or gloo's own, without a codec."""
+
+    timeout_seconds: float = Field(300.0, gt=0.0)
+    """How long a rank waits for the others in a reduction before the job ends."""
+
+    @model_validator(mode="after")
+    def _does_not_ask_for_a_codec_that_is_ignored(self) -> ReductionConfig:
+        if self.algorithm == "all_reduce" and self.codec != "none":
+            raise ValueError(
+                f"reduction.algorithm = 'all_reduce' sends numbers as they are, but reduction.codec is "
+                f"{self.codec!r}; set codec = 'none', or another algorithm"
+            )
+        return self
 
 
 class CacheConfig(Section):

@@ -62,7 +62,9 @@ class LLM:
         """Which reduction runs between ranks, for people."""
         if self.loaded.tp is None:
             return "none (one rank)"
-        return f"{dist.get_backend()} all-reduce, codec {self.config.reduction.codec}"
+        wire = self.loaded.tp.reductions.branch
+        codec = wire.codec if wire.codec == "none" else f"{wire.codec} in groups of {wire.group_size}"
+        return f"{dist.get_backend()}, algorithm {wire.algorithm}, codec {codec}"
 
     @classmethod
     def from_config(cls, config: Config) -> Self:

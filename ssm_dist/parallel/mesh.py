@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from ssm_dist.parallel.collectives import register_group
+from ssm_dist.parallel.collectives import EXACT, Reductions, register_group
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,16 @@ class TensorParallel:
     degree: int
     group: str
     """Name of the group of all ranks, as `collectives` knows it."""
+    reductions: Reductions = EXACT
+    """How sums travel, by kind."""
 
     @classmethod
-    def over_all_ranks(cls, device_type: str) -> TensorParallel:
+    def over_all_ranks(cls, device_type: str, reductions: Reductions = EXACT) -> TensorParallel:
         """The group of every rank of the initialised process group."""
         degree = dist.get_world_size()
         mesh = init_device_mesh(device_type, (degree,), mesh_dim_names=("tp",))
-        return cls(mesh, mesh.get_local_rank(), degree, register_group(f"tp{degree}", mesh.get_group()))
+        name = register_group(f"tp{degree}", mesh.get_group(), reductions.timeout_seconds)
+        return cls(mesh, mesh.get_local_rank(), degree, name, reductions)
 
     def subgroup(self, span: int) -> str:
         """Name of this rank's group of `span` neighbouring ranks; all ranks must ask alike.
@@ -38,7 +41,7 @@ class TensorParallel:
         name = f"{self.group}/{span}"
         if span not in _subgroups.setdefault(self.mesh, {}):
             group, _ = dist.new_subgroups(group_size=span, group=self.mesh.get_group())
-            _subgroups[self.mesh][span] = register_group(name, group)
+            _subgroups[self.mesh][span] = register_group(name, group, self.reductions.timeout_seconds)
         return name
 
 

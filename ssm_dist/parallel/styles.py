@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_dist.kernels import add_rms_norm
-from ssm_dist.parallel.collectives import tp_all_gather, tp_all_reduce
+from ssm_dist.parallel.collectives import tp_all_gather, tp_all_reduce, tp_all_reduce_add_rms_norm
 from ssm_dist.parallel.mesh import TensorParallel
 
 
@@ -129,9 +129,15 @@ class ReduceAddNorm(Style):
     """
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        group, wire = tp.group, tp.reductions.branch
+
         def forward(branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-            whole = None if branch is None else tp_all_reduce(branch, tp.group)
-            return add_rms_norm(whole, residual, weight_of(module), cast(HasEpsilon, module).eps)
+            weight, eps = weight_of(module), cast(HasEpsilon, module).eps
+            if branch is None:
+                return add_rms_norm(None, residual, weight, eps)
+            return tp_all_reduce_add_rms_norm(
+                branch, residual, weight, eps, group, wire.codec, wire.group_size, wire.algorithm
+            )
 
         module.forward = forward
 
@@ -141,8 +147,12 @@ class ReduceAdd(Style):
     """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it."""
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        group, wire = tp.group, tp.reductions.branch
+
         def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
-            return residual if branch is None else residual + tp_all_reduce(branch, tp.group)
+            if branch is None:
+                return residual
+            return residual + tp_all_reduce(branch, group, wire.codec, wire.group_size, wire.algorithm)
 
         module.forward = forward
 
@@ -163,8 +173,12 @@ class HeadwiseReduce(Style):
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         span = self._span(module, tp.degree)
         if span > 1:
-            group = tp.subgroup(span)
-            module.register_forward_hook(lambda _module, _inputs, output: tp_all_reduce(output, group))
+            group, wire = tp.subgroup(span), tp.reductions.x_proj
+            module.register_forward_hook(
+                lambda _module, _inputs, output: tp_all_reduce(
+                    output, group, wire.codec, wire.group_size, wire.algorithm
+                )
+            )
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         span = self._span(module, degree)
@@ -186,12 +200,15 @@ class VocabParallelEmbedding(Style):
         return {"weight": 0}
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        group, wire = tp.group, tp.reductions.embedding
+
         def forward(tokens: Tensor) -> Tensor:
             rows = weight_of(module).shape[0]
             local = tokens - tp.rank * rows
             mine = (local >= 0) & (local < rows)
             found = F.embedding(torch.where(mine, local, 0), weight_of(module))
-            return tp_all_reduce(torch.where(mine[:, None], found, 0), tp.group)
+            mine_only = torch.where(mine[:, None], found, 0)
+            return tp_all_reduce(mine_only, group, wire.codec, wire.group_size, wire.algorithm)
 
         module.forward = forward
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.errors import UserError
-from ssm_dist.kernels import backend
+from ssm_dist.kernels import backend, codecs
 from tests.kernels.inputs import conv_inputs, scan_inputs
 
 
@@ -125,7 +125,7 @@ def test_a_missing_or_broken_backend_says_what_to_install(
 
 
 def test_every_op_is_served_in_every_backend() -> None:
-    assert set(backend.SERVES) == set(kernels.__all__)
+    assert set(backend.SERVES) == {*kernels.__all__, *codecs.OPS}
     for name in ("triton", "mamba_ssm"):
         assert all(by[name] in (*backend.MODULES, "reference") for by in backend.SERVES.values())
 

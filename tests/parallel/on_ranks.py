@@ -104,8 +104,9 @@ def sent_by_a_forward(model_type: str, config: ModelConfig) -> list[tuple[int, i
     model.to_empty(device="cpu")
     sent = []
 
-    def record(x: Tensor, group: dist.ProcessGroup, **_: Any) -> None:
+    def record(x: Tensor, group: dist.ProcessGroup, **_: Any) -> mock.Mock:
         sent.append((x.numel() // TOKENS, dist.get_world_size(group)))
+        return mock.Mock()
 
     with mock.patch.object(dist, "all_reduce", record), torch.inference_mode():
         model(*one_sequence(model))

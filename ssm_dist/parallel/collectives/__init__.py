@@ -1,0 +1,30 @@
+"""Reductions over ranks, as opaque custom ops: eager code, torch.compile and CUDA graphs all take them.
+
+A group travels as a string, since an op takes no process group; `register_group` gives it its name.
+
+    ops           the ops, and which path serves a call
+    selection     the choice of the algorithm, from static sizes and a table
+    exchange      quantised two-shot over the process group (NCCL, gloo): all-to-all, sum, all-gather
+    gather        gathers, maxima, broadcasts
+    groups        groups by name
+    failures      bounded waits, and which rank is to blame
+"""
+
+from ssm_dist.parallel.collectives.failures import RankFailure
+from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max
+from ssm_dist.parallel.collectives.groups import register_group
+from ssm_dist.parallel.collectives.ops import tp_all_reduce, tp_all_reduce_add_rms_norm
+from ssm_dist.parallel.collectives.selection import EXACT, Reductions, Wire
+
+__all__ = [
+    "EXACT",
+    "RankFailure",
+    "Reductions",
+    "Wire",
+    "broadcast_bytes",
+    "register_group",
+    "tp_all_gather",
+    "tp_all_max",
+    "tp_all_reduce",
+    "tp_all_reduce_add_rms_norm",
+]

@@ -1,0 +1,33 @@
+"""A rank that stalls or dies ends a reduction with its name, in time."""
+
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.parallel.reductions_on_ranks import until_one_dies, without_a_rank
+from tests.ranks import RankError, run_on_ranks
+
+
+def test_a_rank_that_stalls_is_named_with_the_op_within_the_timeout() -> None:
+    run_on_ranks(3, time.time)
+    start = time.monotonic()
+    with pytest.raises(RankError) as caught:
+        run_on_ranks(3, without_a_rank, 1, 2.0)
+    assert time.monotonic() - start < 15.0
+    message = next(line for line in str(caught.value).splitlines() if "RankFailure: " in line)
+    assert "all-reduce of (2, 64) float32 (reduction 0 of group 'impatient') did not end on rank" in message
+    assert "nothing for 2 s. Missing: rank 1 of 3" in message and "timeout_seconds" in message
+
+
+def test_a_rank_that_dies_is_named_long_before_the_timeout(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    ranks = [context.Process(target=until_one_dies, args=(rank, 3, 1, tmp_path)) for rank in range(3)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(50.0)
+    assert [process.exitcode for process in ranks] == [0, 9, 0]
+    for rank in (0, 2):
+        assert "Missing: rank 1 of 3" in (tmp_path / f"{rank}.txt").read_text()
