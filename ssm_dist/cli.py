@@ -21,6 +21,7 @@ from ssm_dist.flags import read_flags
 from ssm_dist.version import __version__
 
 INTERRUPTED = 130
+BROKEN_PIPE = 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return INTERRUPTED
+    except BrokenPipeError:
+        # the reader has seen enough (`ssm-dist --help | head`); flushing at exit would fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
     except UserError as error:
         return _fail(f"error: {error}")
     except Exception:

@@ -28,10 +28,10 @@ def run(config: Config) -> None:
     scores = llm.score(texts)
     if llm.loaded.tp is not None and llm.loaded.tp.rank > 0:
         return
-    table = Table("text", "tokens", "log-probability", "perplexity")
+    table = Table("text", "tokens scored", "log-probability", "perplexity")
     for index, score in enumerate(scores):
         table.add_row(
-            str(index), str(len(score.token_ids)), f"{sum(score.log_probs):.4f}", f"{score.perplexity:.4f}"
+            str(index), str(len(score.log_probs)), f"{sum(score.log_probs):.4f}", f"{score.perplexity:.4f}"
         )
     everything = [p for score in scores for p in score.log_probs]
     if everything:
