@@ -59,6 +59,10 @@ SWEEP: dict[str, list[tuning.Configuration]] = {
         for s, (d, w) in itertools.product((1, 2, 4), ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4)))
     ],
     "add_rms_norm": [{"num_warps": w} for w in (2, 4, 8, 16)],
+    "paged_attention": [
+        {"BLOCK_M": m, "BLOCK_N": n, "num_warps": m // 8, "num_stages": stages}
+        for m, n, stages in ((64, 32, 3), (64, 32, 2), (64, 64, 1), (64, 16, 3), (32, 32, 2))
+    ],
 }  # fmt: skip
 
 
@@ -160,7 +164,7 @@ def main(words: Sequence[str] | None = None) -> None:
     console = Console(width=None if sys.stdout.isatty() else 180)
     report: dict[str, Any] = {"environment": environment(device), "backend": chosen, "ceilings": ceilings}
     if options.sweep:
-        report["sweep"] = [sweep(c, clock) for c in wanted if c.op in SWEEP]
+        report["sweep"] = [sweep(c, clock) for c in wanted if _tunable(c)]
         rows = [_best(row) for row in report["sweep"]]
         console.print(table(rows, "Sweep", SWEEP_COLUMNS))
     else:
@@ -173,6 +177,10 @@ def main(words: Sequence[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(document + "\n")
     print(document)
+
+
+def _tunable(case: Case) -> bool:
+    return case.op in SWEEP and (case.op != "paged_attention" or case.tokens > 1)
 
 
 def _best(row: dict[str, Any]) -> dict[str, Any]:

@@ -73,15 +73,14 @@ def _chunk_kernel(
     sequence, _, end, first = chunk_of_program(seq_offsets, sequences, chunk, BLOCK_M, BLOCK_S)
     if first >= end:
         return
-    n = tl.arange(0, BLOCK)
+    # Offsets within the chunk fit in 32 bits; in 64 they would cost the registers that the sums need.
+    query += first.to(tl.int64) * query_row + head * query_head
+    y += (first.to(tl.int64) * heads + head) * size
+    m, n = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK)
     inside = (n < size)[None, :]
-    token = first + tl.arange(0, BLOCK_M)
-    mine = token < end
-    place = tl.load(positions + token, mask=mine, other=0).to(tl.int32)
-    at = token.to(tl.int64)[:, None]
-    q = tl.load(
-        query + at * query_row + head * query_head + n[None, :], mask=mine[:, None] & inside, other=0.0
-    )
+    mine = m < end - first
+    place = tl.load(positions + first + m, mask=mine, other=0).to(tl.int32)
+    q = tl.load(query + m[:, None] * query_row + n[None, :], mask=mine[:, None] & inside, other=0.0)
     context = tl.max(place, 0) + 1
 
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -103,8 +102,8 @@ def _chunk_kernel(
         total = total * fade + tl.sum(shares, 1)
         acc = tl.dot(factor(shares.to(q.dtype)), factor(v), acc * fade[:, None], input_precision=PRECISION)
         top = higher
-    out = y + (at * heads + head) * size + n[None, :]
-    tl.store(out, (acc / total[:, None]).to(y.dtype.element_ty), mask=mine[:, None] & inside)
+    cell = m[:, None] * (heads * size) + n[None, :]
+    tl.store(y + cell, (acc / total[:, None]).to(y.dtype.element_ty), mask=mine[:, None] & inside)
 
 
 @triton.jit
@@ -179,7 +178,7 @@ def paged_attention(
     query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
     seq_offsets: Tensor, positions: Tensor, pages: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
-    """`ssm_dist.kernels.paged_attention`; heads must be contiguous, both sets of pages in the same strides."""
+    """`ssm_dist.kernels.paged_attention`; heads must be contiguous, both pages in the same strides."""
     assert all(t.stride(-1) == 1 for t in (query, key, value, key_pages, value_pages, pages))
     assert key_pages.stride() == value_pages.stride()
     y = query.new_empty(query.shape)
@@ -198,6 +197,8 @@ def paged_attention(
         where = (seq_offsets, positions, pages, scale, query.stride(0), query.stride(1), *of_pages)
         if tokens > sequences:
             config = tuning.configuration("paged_attention", query.element_size(), query.device)
+            # A warp's width of sequences at once: more would need registers that the sums need.
+            blocks["BLOCK_S"] = min(blocks["BLOCK_S"], 32)
             _chunk_kernel[((tokens // config["BLOCK_M"] + sequences) * heads,)](
                 *walk, *where, **blocks, **config, enable_fp_fusion=True,
                 PRECISION="ieee" if query.dtype == torch.float32 else "tf32",

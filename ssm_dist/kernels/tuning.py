@@ -66,7 +66,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     # size: bytes of an element (what a tile of 64 queries of 512 takes in shared memory follows from it)
     "paged_attention": {
         90: [
-            (2, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 2}),
+            (2, {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 8, "num_stages": 3}),
             (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
         ],
         80: [

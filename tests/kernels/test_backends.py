@@ -31,8 +31,9 @@ def fake_peers(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, 
     calls: dict[str, dict[str, Any]] = {}
 
     def causal_conv1d_update(
-        x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None,
-        cache_seqlens: Tensor | None = None, conv_state_indices: Tensor | None = None,
+        x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None,
+        activation: str | None = None, cache_seqlens: Tensor | None = None,
+        conv_state_indices: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         calls["conv"] = {
             "activation": activation,
