@@ -1,0 +1,251 @@
+"""The selective scan for Hopper in Triton's Gluon dialect; `gluon_warp` says how a warp does its share.
+
+Warps work by themselves: no shared memory, no barrier. One program runs one item, a run of tokens of one
+sequence, for 16 channels a warp. Items are whole sequences where sequences x channels fill the GPU. Where
+they do not, sequences are cut into chunks and scanned in two passes: the first scans the first chunk of each
+sequence, and summarises the others but the last (end state from a zero start, sum of dt); the second folds
+the summaries before a chunk into its entering state, and scans it.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ssm_dist.kernels.gluon_warp import LOG2_E, advance, shuffle
+
+
+@gluon.jit
+def _find_item(seq_offsets, sequences, item, chunk):
+    """Sequence, its first token and its end, first token of the item; items as in `chunk_of_program`."""
+    low = 0
+    high = sequences - 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if gl.load(seq_offsets + middle) // chunk + middle <= item:
+            low = middle
+        else:
+            high = middle - 1
+    first = gl.load(seq_offsets + low)
+    return low, first, gl.load(seq_offsets + low + 1), first + (item - first // chunk - low) * chunk
+
+
+@gluon.jit
+def _load_states(pointer, inside, N: gl.constexpr):
+    """A lane's states of its two channels, by channel, tile and column; pointer: its first."""
+    H: gl.constexpr = N // 8
+    s = ()
+    for k in gl.static_range(4 * H):
+        at = pointer + (k // (2 * H) * N + k % 2 * H + k // 2 % H)
+        s += (gl.load(at, mask=inside, other=0.0).to(gl.float32),)
+    return s
+
+
+@gluon.jit
+def _store_states(pointer, s, inside, N: gl.constexpr):
+    H: gl.constexpr = N // 8
+    for k in gl.static_range(4 * H):
+        at = pointer + (k // (2 * H) * N + k % 2 * H + k // 2 % H)
+        gl.store(at, s[k].to(pointer.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
+    """The state after `earlier` summarised items; the first one, at the pointers, began from the slot."""
+    H: gl.constexpr = N // 8
+    s = _load_states(ends, inside, N)
+    for k in range(1, earlier, 4):
+        passed, states = (), ()
+        for j in gl.static_range(4):
+            ends += channels * N
+            sums += channels
+            real = inside & (k + j < earlier)
+            passed += ((gl.load(sums, mask=real, other=0.0), gl.load(sums + 1, mask=real, other=0.0)),)
+            states += (_load_states(ends, real, N),)
+        for j in gl.static_range(4):
+            folded = ()
+            for n in gl.static_range(4 * H):
+                folded += (gl.fma(gl.exp2(passed[j][n // (2 * H)] * A[n]), s[n], states[j][n]),)
+            s = folded
+    return s
+
+
+@gluon.jit(do_not_specialize=["sequences", "chunk", "group_blocks"])
+def scan_kernel(
+    x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, ends, sums,
+    sequences, chunk, channels, group_channels, group_blocks,
+    x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
+    N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
+    CHUNKED: gl.constexpr, SECOND: gl.constexpr,
+):  # fmt: skip
+    """One program: an item, 16 channels of a group a warp. Summaries: ends (items, D, N), sums (items, D)."""
+    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    HALF: gl.constexpr = y.dtype.element_ty == gl.float16
+    blocks = group_blocks * (channels // group_channels)
+    item = gl.program_id(0) // blocks
+    block = gl.program_id(0) % blocks
+    group = block // group_blocks
+    if CHUNKED:
+        sequence, first, last, begin = _find_item(seq_offsets, sequences, item, chunk)
+        end = gl.minimum(begin + chunk, last)
+    else:
+        sequence = item
+        first = gl.load(seq_offsets + sequence)
+        last = gl.load(seq_offsets + sequence + 1)
+        begin = first
+        end = last
+    if begin >= end:
+        return
+    elsewhere = (begin > first) & (end == last) if CHUNKED else False
+    if SECOND:
+        elsewhere = begin == first
+    if elsewhere:
+        return
+
+    thread = gl.arange(0, 32 * WARPS, LANES)
+    g = thread % 32 // 4
+    i = thread % 4
+    within = block % group_blocks * (16 * WARPS) + thread // 32 * 16 + 2 * g
+    inside = within < group_channels
+    channel = group * group_channels + within
+    cell = channel * N + i * (N // 4)
+    bias = (
+        gl.load(dt_bias + channel, mask=inside, other=0.0).to(gl.float32),
+        gl.load(dt_bias + channel + 1, mask=inside, other=0.0).to(gl.float32),
+    )
+    through = (
+        gl.load(skip + channel, mask=inside, other=0.0).to(gl.float32),
+        gl.load(skip + channel + 1, mask=inside, other=0.0).to(gl.float32),
+    )
+    logarithms = _load_states(A_log + cell, inside, N)
+    A = ()
+    for k in gl.static_range(N // 2):
+        A += (gl.exp(logarithms[k]) * -LOG2_E,)
+    state += gl.load(slots + sequence).to(gl.int64) * state_slot + cell
+    token = begin.to(gl.int64)
+    rows = (x_row, dt_row, z_row, B_row, C_row)
+    at = (
+        x + token * x_row + (i * x_row + channel),
+        dt + token * dt_row + (i * dt_row + channel),
+        z + token * z_row + (i * z_row + channel),
+        B + token * B_row + group * B_group + (i * B_row + N // 8 * g),
+        C + token * C_row + group * C_group + ((g // 2 + g % 2 * 4) * C_row + N // 4 * i),
+    )
+    y += token * channels + (i * channels + channel)
+    ends += item.to(gl.int64) * channels * N + cell
+    sums += item.to(gl.int64) * channels + channel
+    tokens = end - begin
+
+    if CHUNKED and not SECOND:
+        if begin == first:
+            s = _load_states(state, inside, N)
+            s, passed = advance(
+                s, A, at, y, rows, channels, bias, through, g, i, inside, tokens, N, HALF, DEPTH, EXTRA, True
+            )
+            if end == last:
+                _store_states(state, s, inside, N)
+            else:
+                _store_states(ends, s, inside, N)
+        else:
+            s = ()
+            for k in gl.static_range(N // 2):
+                s += (gl.zeros_like(A[k]),)
+            s, passed = advance(
+                s, A, at, y, rows, channels, bias, through, g, i, inside, tokens, N, HALF, DEPTH, EXTRA, False
+            )
+            _store_states(ends, s, inside, N)
+            for b in gl.static_range(2):
+                half = passed[b] + shuffle(passed[b], "bfly", 1)
+                gl.store(sums + b, half + shuffle(half, "bfly", 2), mask=inside & (i == 0))
+    else:
+        if SECOND:
+            earlier = (begin - first) // chunk
+            s = _fold(
+                ends - earlier.to(gl.int64) * channels * N, sums - earlier.to(gl.int64) * channels, earlier,
+                A, inside, channels, N,
+            )  # fmt: skip
+        else:
+            s = _load_states(state, inside, N)
+        s, passed = advance(
+            s, A, at, y, rows, channels, bias, through, g, i, inside, tokens, N, HALF, DEPTH, EXTRA, True
+        )
+        if end == last:
+            _store_states(state, s, inside, N)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a scan is run."""
+
+    chunk: int = 0
+    """Tokens of a chunk, a multiple of 16; 0 for whole sequences."""
+    warps: int = 4
+    """Warps a program; they share nothing but what the caches keep of B and C."""
+    depth: int = 1
+    """Loads run this many groups of eight tokens ahead."""
+    extra: int = 1
+    """Of every 16 exponentials, those by polynomial."""
+
+
+SCHEDULERS = 528
+"""Of an H200: 132 multiprocessors with four each, and a special-function unit to each scheduler."""
+ALONE, SHARED = 100, 76
+"""Cycles a step of a warp that has a scheduler to itself (latency), of each of several (throughput)."""
+PASS = 8000
+"""Cycles that a second pass costs however short it is: launch, loading and folding states."""
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(tokens: int, sequences: int, channels: int) -> Form:
+    """The form for sequences of about equal lengths, by a model of the schedulers' time."""
+    length, warps = -(-tokens // sequences), sequences * -(-channels // 16)
+
+    def cycles(warps: int) -> int:
+        return max(ALONE, SHARED * -(-warps // SCHEDULERS))
+
+    best, form = length * cycles(warps), Form(depth=1 if warps > SCHEDULERS else 2)
+    for chunks in range(3, min(length // 64, 128) + 1):
+        chunk = 16 * -(-length // (16 * chunks))
+        cost = 2 * chunk * cycles((chunks - 1) * warps) + PASS
+        if cost < best:
+            best, form = cost, Form(chunk, depth=1 if (chunks - 1) * warps > 2 * SCHEDULERS else 2)
+    return form
+
+
+def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether the kernel can take such inputs: 16-bit, 16, 32 or 64 states, and readable in pairs."""
+    pairs = all(t.data_ptr() % 4 == 0 and not any(n % 2 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
+    channels = x.shape[1] // B.shape[1]
+    return x.element_size() == 2 and B.shape[2] in (16, 32, 64) and channels % 2 == 0 and pairs
+
+
+def scan(
+    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
+    state: Tensor, seq_offsets: Tensor, slots: Tensor, form: Form,
+) -> Tensor:  # fmt: skip
+    """`selective_scan` in that form, for inputs that it `serves`."""
+    (tokens, channels), (_, groups, states), sequences = x.shape, B.shape, slots.shape[0]
+    y = x.new_empty(tokens, channels)
+    items = sequences + tokens // form.chunk if form.chunk else sequences
+    kept = items if form.chunk else 0
+    ends = state.new_empty((kept, channels, states), dtype=torch.float32)
+    sums = state.new_empty((kept, channels), dtype=torch.float32)
+    group_blocks = triton.cdiv(channels // groups, 16 * form.warps)
+    if not tokens:
+        return y
+    for second in (False, True) if form.chunk else (False,):
+        with torch.cuda.device_of(x):
+            scan_kernel[(items * groups * group_blocks,)](
+                x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, ends, sums,
+                sequences, form.chunk, channels, channels // groups, group_blocks,
+                x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+                state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
+                CHUNKED=form.chunk > 0, SECOND=second, num_warps=form.warps, enable_fp_fusion=True,
+            )  # fmt: skip
+    return y
