@@ -1,4 +1,4 @@
-"""The forms of the selective scan on a GPU, at real shapes, against float64; `small` for compute-sanitizer."""
+"""The forms of the selective scan on a GPU, at real shapes, against float64; -k small: compute-sanitizer."""
 
 import pytest
 import torch
