@@ -14,8 +14,9 @@ export OMP_NUM_THREADS ?= $(shell echo $$(( $(CORES) > 1 ? $(CORES) / 2 : 1 )))
 demo: $(VENV)/.installed
 	$(BIN)/torchrun --standalone --nproc-per-node 2 infer.py --config configs/demo.toml
 
+# Two processes of one thread each: most tests keep a single core busy. Files stay whole, for their fixtures.
 test: venv
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 test-all: venv
 	$(BIN)/python -m pytest
