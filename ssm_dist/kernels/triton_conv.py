@@ -10,27 +10,43 @@ from ssm_dist.kernels.triton_common import chunk_of_program, only_if, silu
 
 
 @triton.jit
-def _tap(taps, WIDTH: tl.constexpr, LAG: tl.constexpr):
-    """The weights of the input LAG tokens back, from the (channels, 4) tile of them; 0 beyond the width."""
-    column = tl.arange(0, 4)[None, :] == WIDTH - 1 - LAG
-    return tl.sum(tl.where(column, taps, 0.0), 1)
-
-
-@triton.jit
 def _taps_and_bias(weight, bias, channel, inside, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """Weights by lag 0-3 and the bias, float32; read as one tile, since single columns are strided."""
+    """The (channels, 4) tile of weights, read whole since its columns are strided, and the bias; float32."""
     k = tl.arange(0, 4)
     taps = tl.load(
         weight + channel[:, None] * WIDTH + k[None, :], mask=inside[:, None] & (k < WIDTH)[None, :], other=0.0
-    ).to(tl.float32)
+    )
     offset = tl.zeros_like(channel).to(tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
-    return _tap(taps, WIDTH, 0), _tap(taps, WIDTH, 1), _tap(taps, WIDTH, 2), _tap(taps, WIDTH, 3), offset
+    return taps.to(tl.float32), offset
 
 
 @triton.jit
-def _input_before(x, state, place, start, x_row, state_row, channel, channels, KEPT: tl.constexpr):
+def _taps_by_lag(taps, WIDTH: tl.constexpr):
+    """The weights of the inputs 0 to 3 tokens back, from the tile of them; zeros beyond the width."""
+    k = tl.arange(0, 4)[None, :]
+    by_lag = ()
+    for lag in tl.static_range(4):
+        by_lag += (tl.sum(tl.where(k == WIDTH - 1 - lag, taps, 0.0), 1),)
+    return by_lag
+
+
+@triton.jit
+def _three_before(end, row, inside, WIDTH: tl.constexpr):
+    """The rows of inputs 1, 2 and 3 before `end`, float32; zeros beyond the width."""
+    lag1 = tl.load(end - row, mask=inside, other=0.0).to(tl.float32)
+    lag2 = tl.zeros_like(lag1)
+    lag3 = tl.zeros_like(lag1)
+    if WIDTH > 2:
+        lag2 = tl.load(end - 2 * row, mask=inside, other=0.0).to(tl.float32)
+    if WIDTH > 3:
+        lag3 = tl.load(end - 3 * row, mask=inside, other=0.0).to(tl.float32)
+    return lag1, lag2, lag3
+
+
+@triton.jit
+def _input_at(x, state, place, start, x_row, state_row, channel, channels, KEPT: tl.constexpr):
     """The input at `place` of a sequence that starts at token `start`; below 0 it is one of its state's."""
     new = tl.load(
         x + (start + place).to(tl.int64) * x_row + channel,
@@ -53,33 +69,21 @@ def _conv_kernel(
     KEPT: tl.constexpr = WIDTH - 1
     blocks = tl.cdiv(channels, BLOCK_D)
     program = tl.program_id(0)
+    channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
+    inside = channel < channels
+    # Asked for first and used last: loads are issued in order, and each wait ahead of them would be added.
+    taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
     sequence, start, end, first = chunk_of_program(
         seq_offsets, sequences, program // blocks, BLOCK_T, BLOCK_S
     )
     if first >= end:
         return
-    channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = channel < channels
-    tap0, tap1, tap2, tap3, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
-    state += tl.load(slots + sequence).to(tl.int64) * state_slot
-
-    place = first - start
-    lag1 = _input_before(x, state, place - 1, start, x_row, state_row, channel, channels, KEPT)
-    lag2 = tl.zeros_like(lag1)
-    lag3 = tl.zeros_like(lag1)
-    if WIDTH > 2:
-        lag2 = _input_before(x, state, place - 2, start, x_row, state_row, channel, channels, KEPT)
-    if WIDTH > 3:
-        lag3 = _input_before(x, state, place - 3, start, x_row, state_row, channel, channels, KEPT)
-    if place == 0:
-        # The only program of the sequence that reads the state is also the one that replaces it.
-        kept = ()
-        for k in tl.static_range(KEPT):
-            last = end - start - KEPT + k
-            kept += (_input_before(x, state, last, start, x_row, state_row, channel, channels, KEPT),)
-        tl.debug_barrier()
-        for k in tl.static_range(KEPT):
-            tl.store(state + k * state_row + channel, kept[k].to(state.dtype.element_ty), mask=inside)
+    if first == start:
+        before = state + tl.load(slots + sequence).to(tl.int64) * state_slot + KEPT * state_row + channel
+        lag1, lag2, lag3 = _three_before(before, state_row, inside, WIDTH)
+    else:
+        lag1, lag2, lag3 = _three_before(x + first.to(tl.int64) * x_row + channel, x_row, inside, WIDTH)
+    tap0, tap1, tap2, tap3 = _taps_by_lag(taps, WIDTH)
 
     for t in range(0, tl.minimum(BLOCK_T, end - first), TILE):
         # All loads of a tile come before its first store, which no later load could overtake.
@@ -98,6 +102,17 @@ def _conv_kernel(
             lag2 = lag1
             lag1 = current
 
+    if first == start:
+        # The only program of the sequence that reads the state is also the one that replaces it.
+        state += tl.load(slots + sequence).to(tl.int64) * state_slot
+        kept = ()
+        for k in tl.static_range(KEPT):
+            place = end - start - KEPT + k
+            kept += (_input_at(x, state, place, start, x_row, state_row, channel, channels, KEPT),)
+        tl.debug_barrier()
+        for k in tl.static_range(KEPT):
+            tl.store(state + k * state_row + channel, kept[k].to(state.dtype.element_ty), mask=inside)
+
 
 @triton.jit
 def _conv_update_kernel(
@@ -111,16 +126,22 @@ def _conv_update_kernel(
     program = tl.program_id(0)
     channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < channels
-    tap0, tap1, tap2, tap3, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
     first = (program // blocks) * SEQUENCES
 
     # Every load comes before the first store: they overlap, and a shifted row is read before it is written.
-    states, windows = (), ()
+    # What needs a slot comes last, since loads are issued in order and would wait for it.
+    slot_of = ()
     for i in tl.static_range(SEQUENCES):
-        s = (first + i).to(tl.int64)
-        here = channel < only_if(s < sequences, channels)
-        base = state + tl.load(slots + s, mask=s < sequences, other=0).to(tl.int64) * state_slot + channel
-        current = tl.load(x + s * x_row + channel, mask=here, other=0.0)
+        slot_of += (tl.load(slots + first + i, mask=first + i < sequences, other=0),)
+    taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
+    inputs = ()
+    for i in tl.static_range(SEQUENCES):
+        here = channel < only_if(first + i < sequences, channels)
+        inputs += (tl.load(x + (first + i).to(tl.int64) * x_row + channel, mask=here, other=0.0),)
+    windows = ()
+    for i in tl.static_range(SEQUENCES):
+        here = channel < only_if(first + i < sequences, channels)
+        base = state + slot_of[i].to(tl.int64) * state_slot + channel
         lag1 = tl.load(base + (KEPT - 1) * state_row, mask=here, other=0.0)
         lag2 = tl.zeros_like(lag1)
         lag3 = tl.zeros_like(lag1)
@@ -128,21 +149,23 @@ def _conv_update_kernel(
             lag2 = tl.load(base + (KEPT - 2) * state_row, mask=here, other=0.0)
         if WIDTH > 3:
             lag3 = tl.load(base, mask=here, other=0.0)
-        states += (base,)
-        windows += ((current, lag1, lag2, lag3),)
+        windows += ((lag1, lag2, lag3),)
+    tap0, tap1, tap2, tap3 = _taps_by_lag(taps, WIDTH)
     tl.debug_barrier()
     for i in tl.static_range(SEQUENCES):
-        s = (first + i).to(tl.int64)
-        here = channel < only_if(s < sequences, channels)
-        current, lag1, lag2, lag3 = windows[i]
-        tl.store(states[i] + (KEPT - 1) * state_row, current.to(state.dtype.element_ty), mask=here)
+        here = channel < only_if(first + i < sequences, channels)
+        base = state + slot_of[i].to(tl.int64) * state_slot + channel
+        current = inputs[i]
+        lag1, lag2, lag3 = windows[i]
+        tl.store(base + (KEPT - 1) * state_row, current.to(state.dtype.element_ty), mask=here)
         if WIDTH > 2:
-            tl.store(states[i] + (KEPT - 2) * state_row, lag1, mask=here)
+            tl.store(base + (KEPT - 2) * state_row, lag1, mask=here)
         if WIDTH > 3:
-            tl.store(states[i], lag2, mask=here)
+            tl.store(base, lag2, mask=here)
         total = offset + tap0 * current.to(tl.float32) + tap1 * lag1.to(tl.float32)
         total += tap2 * lag2.to(tl.float32) + tap3 * lag3.to(tl.float32)
-        tl.store(y + s * channels + channel, silu(total).to(y.dtype.element_ty), mask=here)
+        at = y + (first + i).to(tl.int64) * channels + channel
+        tl.store(at, silu(total).to(y.dtype.element_ty), mask=here)
 
 
 @backend.register("causal_conv", "triton")

@@ -40,14 +40,18 @@ def _state_update_kernel(
     group = corner // group_channels if ONE_GROUP else channel // group_channels
     first = (program // blocks) * SEQUENCES
 
-    # Every load comes before the first store, which no later load could overtake.
-    cells, states, steps, Bs, Cs = (), (), (), (), ()
+    # Every load comes before the first store, which no later load could overtake; what needs a slot comes
+    # last, since loads are issued in order and would wait for it.
+    slot_of = ()
+    for i in tl.static_range(SEQUENCES):
+        slot_of += (tl.load(slots + first + i, mask=first + i < sequences, other=0),)
+    A = tl.load(A_log + cell, mask=inside[:, None], other=0.0).to(tl.float32)
+    skip = tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
+    steps, Bs, Cs = (), (), ()
     for i in tl.static_range(SEQUENCES):
         s = tl.minimum(first + i, sequences - 1).to(tl.int64)
         here = channel < only_if(first + i < sequences, channels)
-        at = state + tl.load(slots + s).to(tl.int64) * state_slot + cell
-        cells += (at,)
-        states += (tl.load(at, mask=here[:, None], other=0.0),)
         steps += ((
             tl.load(x + s * x_row + channel, mask=here, other=0.0),
             tl.load(dt + s * dt_row + channel, mask=here, other=0.0),
@@ -55,9 +59,12 @@ def _state_update_kernel(
         ),)  # fmt: skip
         Bs += (_of_group(B, s * B_row, B_group, group, n, here, ONE_GROUP),)
         Cs += (_of_group(C, s * C_row, C_group, group, n, here, ONE_GROUP),)
-    A = -tl.exp(tl.load(A_log + cell, mask=inside[:, None], other=0.0).to(tl.float32)) * LOG2_E
-    skip = tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
+    cells, states = (), ()
+    for i in tl.static_range(SEQUENCES):
+        here = channel < only_if(first + i < sequences, channels)
+        cells += (state + slot_of[i].to(tl.int64) * state_slot + cell,)
+        states += (tl.load(cells[i], mask=here[:, None], other=0.0),)
+    A = -tl.exp(A) * LOG2_E
     for i in tl.static_range(SEQUENCES):
         here = channel < only_if(first + i < sequences, channels)
         u, step, gate = steps[i]

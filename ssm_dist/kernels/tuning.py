@@ -50,7 +50,8 @@ TABLE: dict[str, dict[int, Rows]] = {
     "selective_state_update": {
         90: [
             (512e3, {"SEQUENCES": 1, "BLOCK_D": 16, "num_warps": 1}),
-            (2e6, {"SEQUENCES": 1, "BLOCK_D": 32, "num_warps": 1}),
+            (2e6, {"SEQUENCES": 1, "BLOCK_D": 64, "num_warps": 4}),
+            (8e6, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
             (ANY, {"SEQUENCES": 4, "BLOCK_D": 64, "num_warps": 4}),
         ],
         80: [
