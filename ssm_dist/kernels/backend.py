@@ -26,21 +26,23 @@ SERVES: dict[str, dict[str, str]] = {
     "add_rms_norm": {"triton": "triton", "mamba_ssm": "triton"},
     "causal_conv": {"triton": "triton", "mamba_ssm": "triton"},
     "causal_conv_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
-    "decode_rows": {"triton": "reference", "mamba_ssm": "reference"},
-    "encode_rows": {"triton": "reference", "mamba_ssm": "reference"},
+    "decode_rows": {"triton": "triton", "mamba_ssm": "triton"},
+    "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_state_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
-    "sum_rows": {"triton": "reference", "mamba_ssm": "reference"},
+    "sum_rows": {"triton": "triton", "mamba_ssm": "triton"},
 }
 """Op -> backend -> whose implementation serves it. In backend `reference` it is always the definition."""
 
 MODULES = {
     "reference": (),
-    "triton": ("triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention"),
+    "triton": (
+        "triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention", "triton_codecs",
+    ),
     "mamba_ssm": ("mamba_ssm_backend",),
-}
+}  # fmt: skip
 """What has to be imported before an implementation can serve."""
 
 NEEDS = {
