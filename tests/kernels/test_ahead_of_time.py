@@ -9,8 +9,8 @@ import sys
 import pytest
 
 REGISTERS = {
-    ("causal_conv", 90): 144, ("causal_conv", 80): 144,
-    ("causal_conv_update", 90): 176, ("causal_conv_update", 80): 112,
+    ("causal_conv", 90): 144, ("causal_conv", 80): 160,
+    ("causal_conv_update", 90): 176, ("causal_conv_update", 80): 120,
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,
     ("rms_normalize", 90): 64, ("rms_normalize", 80): 64,
