@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 from ssm_dist.version import __version__
 
 if TYPE_CHECKING:
+    from ssm_dist.async_llm import AsyncLLM
     from ssm_dist.config import Config
     from ssm_dist.errors import UserError
     from ssm_dist.generation import Completion, TokenEvent
     from ssm_dist.llm import LLM
     from ssm_dist.sampling.params import SamplingParams
 
-__all__ = ["LLM", "Completion", "Config", "SamplingParams", "TokenEvent", "UserError", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "Completion", "Config", "SamplingParams", "TokenEvent", "UserError", "__version__"]
 
 _HOMES = {
+    "AsyncLLM": "ssm_dist.async_llm",
     "LLM": "ssm_dist.llm",
     "Completion": "ssm_dist.generation",
     "Config": "ssm_dist.config",

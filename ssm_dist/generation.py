@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ssm_dist.engine import Engine
 from ssm_dist.requests import Request
 from ssm_dist.sampling.sampler import Sampled
-from ssm_dist.scheduler import Scheduler, Sequence
+from ssm_dist.scheduler import Scheduler, Sequence, Step
 from ssm_dist.text import TextStream, Tokenizer
 
 
@@ -23,7 +23,7 @@ class TokenEvent:
     text: str = ""
     """What may be shown now: whole characters, nothing that a stop string may still cut off."""
     finish_reason: str | None = None
-    """None while the request runs; "stop" (end of sequence or a stop string), "length" or "error"."""
+    """None while it runs; "stop" (end of sequence or a stop string), "length", "cancelled" or "error"."""
     error: str | None = None
     logprob: float | None = None
     """Natural logarithm of the token's probability, when asked for."""
@@ -84,7 +84,7 @@ class Collector:
 
 
 class Run:
-    """One batch of requests on its way through the engine."""
+    """Requests on their way through the engine; more may come, and some may go, between steps."""
 
     def __init__(
         self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int], chunk_tokens: int
@@ -93,36 +93,72 @@ class Run:
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
         self._scheduler = Scheduler(engine.cache, chunk_tokens)
+        self._active: dict[int, Sequence] = {}
         self._streams: dict[int, TextStream] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether requests wait or run."""
+        return bool(self._active)
+
+    @property
+    def indices(self) -> list[int]:
+        """Of the requests that wait or run, in order of arrival."""
+        return list(self._active)
 
     def events(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
         """Run all requests to their end, yielding tokens as they come. Slots are given back in any case."""
-        active: dict[int, Sequence] = {}
         for request in requests:
             if request.error is not None:
                 yield TokenEvent(request.index, finish_reason="error", error=request.error)
-                continue
-            active[request.index] = Sequence(request.index, request.token_ids, request.params)
-            self._scheduler.add(active[request.index])
-            if self._tokenizer is not None:
-                self._streams[request.index] = TextStream(self._tokenizer, request.params.stop)
+            else:
+                self.add(request)
         try:
-            while active:
-                for event in self._step():
-                    if event.finish_reason is not None:
-                        self._end(active.pop(event.index))
-                    yield event
+            while self._active:
+                step = self.plan()
+                assert step is not None, "requests are active, but the scheduler has nothing to do"
+                yield from self.execute(step)
         finally:
-            for sequence in active.values():
-                self._end(sequence)
+            self.close()
 
-    def _step(self) -> list[TokenEvent]:
+    def add(self, request: Request) -> None:
+        """Queue a request that can run; its index must differ from those of all that are active."""
+        assert request.error is None and request.index not in self._active
+        sequence = Sequence(request.index, request.token_ids, request.params)
+        self._active[request.index] = sequence
+        self._scheduler.add(sequence)
+        if self._tokenizer is not None:
+            self._streams[request.index] = TextStream(self._tokenizer, request.params.stop)
+
+    def cancel(self, index: int) -> TokenEvent | None:
+        """End a request where it stands; None when it has ended already."""
+        if index not in self._active:
+            return None
+        stream = self._streams.get(index)
+        text = "" if stream is None else stream.finish()
+        self._end(index)
+        return TokenEvent(index, text=text, finish_reason="cancelled")
+
+    def plan(self) -> Step | None:
+        """Admit what fits, and choose the next step; None when nothing is left to do."""
         admitted, step = self._scheduler.next_step()
         for sequence in admitted:
             self._engine.sampler.admit(sequence.slot, sequence.params, sequence.prompt_ids)
-        assert step is not None, "requests are active, but the scheduler has nothing to do"
+        return step
+
+    def execute(self, step: Step) -> list[TokenEvent]:
+        """Run a planned step; the new tokens, and the ends of those requests that end with theirs."""
         chunks, sampled = self._engine.run(step)
-        return [] if sampled is None else self._events_of([c.sequence for c in chunks], sampled)
+        events = [] if sampled is None else self._events_of([c.sequence for c in chunks], sampled)
+        for event in events:
+            if event.finish_reason is not None:
+                self._end(event.index)
+        return events
+
+    def close(self) -> None:
+        """End every request where it stands."""
+        for index in list(self._active):
+            self._end(index)
 
     def _events_of(self, sequences: list[Sequence], sampled: Sampled) -> list[TokenEvent]:
         logprobs = None if sampled.logprobs is None else sampled.logprobs.tolist()
@@ -157,7 +193,9 @@ class Run:
             text += stream.finish()
         return text, reason
 
-    def _end(self, sequence: Sequence) -> None:
+    def _end(self, index: int) -> None:
+        sequence = self._active.pop(index)
+        self._streams.pop(index, None)
         if sequence.slot >= 0:
             self._engine.sampler.release(sequence.slot)
         self._scheduler.finish(sequence)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from typing_extensions import Self
 
@@ -24,8 +25,11 @@ from ssm_dist.requests import Prompt, Request, parse_line, prepare
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.sampling.sampler import Sampler
 from ssm_dist.score import Score, score_tokens
+from ssm_dist.session import Session, follow
 from ssm_dist.state_cache import StateCache
 from ssm_dist.text import Tokenizer
+
+Result = TypeVar("Result")
 
 
 class LLM:
@@ -109,6 +113,35 @@ class LLM:
         """
         yield from self.run(self._strict(prompts, params))
 
+    def session(self) -> Session:
+        """Take requests while others run: `session.submit(prompt, params)`; close it, or use it in a `with`.
+
+        On rank 0 only, while every other rank is in `follow`. Nothing else may run on this model meanwhile.
+        """
+        tp, device = self.loaded.tp, self.loaded.device
+        assert tp is None or tp.rank == 0, "the session is rank 0's; the other ranks call follow()"
+        return Session(
+            self._new_run(),
+            self._prepare,
+            broadcast=lambda data: tp and broadcast_bytes(data, tp.group, device),
+            enter_thread=lambda: torch.cuda.set_device(device) if device.type == "cuda" else None,
+            with_text=self.tokenizer is not None,
+        )
+
+    def follow(self) -> None:
+        """On ranks other than 0: take part in rank 0's session until it is closed."""
+        tp = self.loaded.tp
+        assert tp is not None and tp.rank > 0, "rank 0 leads: it opens a session"
+        follow(self._new_run(), lambda: broadcast_bytes(b"", tp.group, self.loaded.device))
+
+    def serve(self, main: Callable[[Session], Result]) -> Result | None:
+        """main(session) on rank 0; the other ranks follow it to its end, and return None."""
+        if self.loaded.tp is not None and self.loaded.tp.rank > 0:
+            self.follow()
+            return None
+        with self.session() as session:
+            return main(session)
+
     def score(self, texts: Sequence[Prompt]) -> list[Score]:
         """Log-probabilities and perplexity of texts, or of token ids. Raises `UserError` as `generate`."""
         requests = self._strict(list(texts), SamplingParams(max_new_tokens=1))
@@ -153,8 +186,10 @@ class LLM:
 
     def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike."""
-        chunk = self.config.prefill.chunk_tokens
-        return Run(self.engine, self.tokenizer, self.loaded.eos_ids, chunk).events(requests)
+        return self._new_run().events(requests)
+
+    def _new_run(self) -> Run:
+        return Run(self.engine, self.tokenizer, self.loaded.eos_ids, self.config.prefill.chunk_tokens)
 
     def _strict(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None

@@ -1,4 +1,11 @@
-"""Which sequences the next step works on. The same calls give the same steps on every rank."""
+"""Which sequences the next step works on. The same calls give the same steps on every rank.
+
+Steps alternate: one of prompt chunks, within a budget of tokens, then one token of every running sequence.
+So two tokens of a running sequence are never further apart than one chunk's step and one decode step, however
+many prompts arrive; and every decode step is a pure one, for the one-token kernels and captured graphs.
+A step that mixed both would take the running sequences through the ragged kernels whenever somebody arrives,
+slower, and with other rounding than they have alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.state_cache import StateCache
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A prompt and what has been generated after it."""
 

@@ -1,0 +1,253 @@
+"""Requests that come and go while others run.
+
+Rank 0 owns arrivals, cancellations and time. Before every step it broadcasts what has happened and the step
+that follows from it, as JSON; the other ranks apply the same, and check that they plan the same step.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from types import TracebackType
+from typing import Any
+
+from typing_extensions import Self
+
+from ssm_dist.errors import UserError
+from ssm_dist.generation import Collector, Completion, Run, TokenEvent
+from ssm_dist.requests import Prompt, Request
+from ssm_dist.sampling.params import SamplingParams
+from ssm_dist.scheduler import Step
+
+HEARTBEAT = 60.0
+"""Seconds of idleness after which the other ranks hear from rank 0: collectives time out."""
+
+Deliver = Callable[[TokenEvent | Exception], None]
+
+
+class Stream:
+    """The answer to one request as it comes: an iterator of its events, which blocks for the next one."""
+
+    def __init__(self, session: Session, request: Request, *, with_text: bool) -> None:
+        self.request = request
+        self._session = session
+        self._events: queue.SimpleQueue[TokenEvent | Exception] = queue.SimpleQueue()
+        self._collector = Collector([request], with_text=with_text)
+        self._ended = False
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        return self
+
+    def __next__(self) -> TokenEvent:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        if isinstance(event, Exception):
+            self._ended = True
+            raise RuntimeError("the session has failed") from event
+        self._ended = event.finish_reason is not None
+        self._collector.add(event)
+        return event
+
+    def result(self) -> Completion:
+        """Wait for the end, and return the whole answer."""
+        for _ in self:
+            pass
+        return self._collector.completions[0]
+
+    def cancel(self) -> None:
+        """End the request where it stands; its last event then says "cancelled"."""
+        self._session.cancel(self.request.index)
+
+    def deliver(self, event: TokenEvent | Exception) -> None:
+        """Called by the session for every event."""
+        self._events.put(event)
+
+
+@dataclass
+class News:
+    """What has happened since the last step."""
+
+    arrivals: list[Request] = field(default_factory=list)
+    cancelled: list[int] = field(default_factory=list)
+    closed: bool = False
+
+    @property
+    def any(self) -> bool:
+        """Whether anything has."""
+        return bool(self.arrivals or self.cancelled or self.closed)
+
+
+class Session:
+    """Takes requests from any thread on rank 0, and runs them in a thread of its own until it is closed."""
+
+    def __init__(
+        self,
+        run: Run,
+        prepare: Callable[[Prompt, SamplingParams, int], Request],
+        *,
+        broadcast: Callable[[bytes], object] = lambda _: None,
+        enter_thread: Callable[[], None] = lambda: None,
+        with_text: bool = True,
+    ) -> None:
+        """prepare: tokenises and checks a prompt; broadcast: sends a plan to the ranks that `follow`.
+
+        enter_thread: called first in the session's thread, for settings that belong to a thread.
+        """
+        self._run, self._prepare, self._broadcast = run, prepare, broadcast
+        self._with_text = with_text
+        self._enter_thread = enter_thread
+        self._changed = threading.Condition()
+        self._news = News()
+        self._open: dict[int, Deliver] = {}
+        self._next_index = 0
+        self._failure: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="ssm-dist session", daemon=True)
+        self._thread.start()
+
+    def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Stream:
+        """Queue a prompt while others run. Raises `UserError` when it cannot run, or after `close`."""
+        return self.submit_to(
+            lambda request: Stream(self, request, with_text=self._with_text), prompt, params
+        )
+
+    def submit_to(self, make: Callable[[Request], Any], prompt: Prompt, params: SamplingParams | None) -> Any:
+        """As `submit`, for receivers of other kinds: `make(request)` has `deliver(event)`, and is returned.
+
+        `deliver` is called in the session's thread.
+        """
+        with self._changed:
+            index = self._next_index
+            self._next_index += 1
+        request = self._prepare(prompt, params or SamplingParams(), index)
+        receiver = make(request)
+        with self._changed:
+            if self._failure is not None:
+                raise RuntimeError("the session has failed") from self._failure
+            if self._news.closed:
+                raise UserError("the session is closed; open another one")
+            self._open[index] = receiver.deliver
+            self._news.arrivals.append(request)
+            self._changed.notify()
+        return receiver
+
+    def cancel(self, index: int) -> None:
+        """End the request of this index where it stands; one that has ended is left alone."""
+        with self._changed:
+            self._news.cancelled.append(index)
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Cancel what still runs, and end the session on all ranks. Raises what the session has failed of."""
+        with self._changed:
+            self._news.closed = True
+            self._changed.notify()
+        self._thread.join()
+        if self._failure is not None:
+            raise RuntimeError("the session has failed") from self._failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _work(self) -> None:
+        try:
+            self._enter_thread()
+            while self._turn():
+                pass
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._run.close()
+
+    def _turn(self) -> bool:
+        """One round: news, plan, step; False after the last one."""
+        news = self._take_news()
+        self._deliver(apply_news(self._run, news))
+        if news.closed:
+            self._broadcast(encode(news, None))
+            return False
+        step = self._run.plan()
+        self._broadcast(encode(news, step))
+        if step is not None:
+            self._deliver(self._run.execute(step))
+        return True
+
+    def _take_news(self) -> News:
+        with self._changed:
+            if not self._run.active:
+                self._changed.wait_for(lambda: self._news.any, timeout=HEARTBEAT)
+            news = self._news
+            self._news = News(closed=news.closed)
+            return news
+
+    def _deliver(self, events: list[TokenEvent]) -> None:
+        for event in events:
+            with self._changed:
+                ended = event.finish_reason is not None
+                deliver = self._open.pop(event.index) if ended else self._open[event.index]
+            deliver(event)
+
+    def _fail(self, error: Exception) -> None:
+        """Tell everybody who waits, and whoever comes."""
+        with self._changed:
+            self._failure = error
+            waiting = list(self._open.values())
+            self._open.clear()
+        for deliver in waiting:
+            deliver(error)
+
+
+def follow(run: Run, receive: Callable[[], bytes]) -> None:
+    """Apply rank 0's plans until it closes the session; `receive` takes part in its broadcast."""
+    try:
+        while True:
+            plan = json.loads(receive())
+            apply_news(run, decode_news(plan))
+            if plan["closed"]:
+                return
+            step = run.plan()
+            assert describe(step) == plan["step"], f"rank 0 plans {plan['step']}, this rank {describe(step)}"
+            if step is not None:
+                run.execute(step)
+    finally:
+        run.close()
+
+
+def apply_news(run: Run, news: News) -> list[TokenEvent]:
+    """Arrivals, then cancellations, then the end; the events of those that end."""
+    for request in news.arrivals:
+        run.add(request)
+    going = run.indices if news.closed else news.cancelled
+    ended = [run.cancel(index) for index in going]
+    return [event for event in ended if event is not None]
+
+
+def encode(news: News, step: Step | None) -> bytes:
+    """News, and the step that follows, as JSON."""
+    arrivals = [asdict(r) | {"params": r.params.model_dump()} for r in news.arrivals]
+    plan = {"arrivals": arrivals, "cancelled": news.cancelled, "closed": news.closed, "step": describe(step)}
+    return json.dumps(plan).encode()
+
+
+def decode_news(plan: dict[str, Any]) -> News:
+    """The news of an encoded plan."""
+    arrivals = [
+        Request(**fields | {"params": SamplingParams.model_validate(fields["params"])})
+        for fields in plan["arrivals"]
+    ]
+    return News(arrivals, plan["cancelled"], plan["closed"])
+
+
+def describe(step: Step | None) -> list[Any] | None:
+    """A step as plain data: whether it decodes, and (request, first position, tokens) of every chunk."""
+    if step is None:
+        return None
+    return [step.decode, [[c.sequence.index, c.start, len(c.tokens)] for c in step.chunks]]

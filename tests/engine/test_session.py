@@ -1,0 +1,106 @@
+"""The session: streams of requests that arrive while others run, blocking, asynchronous, and over ranks."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from ssm_dist import LLM, AsyncLLM, UserError
+from ssm_dist.session import Session
+from tests.engine.checkpoints import save_checkpoint
+from tests.engine.on_ranks import ENDLESS, PARAMS, PROMPTS, load, served
+from tests.ranks import run_on_ranks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_checkpoint("zamba", tmp_path_factory.mktemp("zamba"))
+
+
+@pytest.fixture(scope="module")
+def llm(folder: Path) -> LLM:
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def alone(llm: LLM) -> list[list[int]]:
+    return [llm.generate(p, s)[0].token_ids for p, s in zip(PROMPTS, PARAMS, strict=True)]
+
+
+def test_requests_submitted_while_others_run_get_the_answers_they_get_alone(llm: LLM, alone: list[list[int]]):
+    with llm.session() as session:
+        first = session.submit(PROMPTS[0], PARAMS[0])
+        begun = next(first)
+        rest = [session.submit(p, s) for p, s in zip(PROMPTS[1:], PARAMS[1:], strict=True)]
+        answers = [stream.result() for stream in [first, *rest]]
+    assert [a.token_ids for a in answers] == alone and begun.token_id == alone[0][0]
+    assert answers[0].finish_reason == "length" and answers[0].text
+    assert llm.cache.free_slots == llm.cache.max_sequences
+
+
+def test_a_cancelled_request_ends_and_the_others_go_on(llm: LLM, alone: list[list[int]]):
+    with llm.session() as session:
+        long = session.submit("a", ENDLESS)
+        other = session.submit(PROMPTS[1], PARAMS[1])
+        next(long)
+        long.cancel()
+        assert long.result().finish_reason == "cancelled" and len(long.result().token_ids) < 400
+        assert other.result().token_ids == alone[1]
+    assert llm.cache.free_slots == llm.cache.max_sequences
+
+
+def test_closing_a_session_cancels_what_runs_and_refuses_what_comes(llm: LLM):
+    session = llm.session()
+    stream = session.submit("a", ENDLESS)
+    session.close()
+    assert stream.result().finish_reason == "cancelled"
+    with pytest.raises(UserError, match="closed"):
+        session.submit("a")
+
+
+def test_a_prompt_that_cannot_run_is_refused_at_once(llm: LLM):
+    with llm.session() as session, pytest.raises(UserError, match="empty"):
+        session.submit("")
+
+
+def test_a_failure_of_the_engine_reaches_everybody_who_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    def broken(step: object) -> None:
+        raise ArithmeticError("broken")
+
+    session = llm.session()
+    monkeypatch.setattr(llm.engine, "run", broken)
+    stream = session.submit("a")
+    with pytest.raises(RuntimeError, match="session has failed"):
+        stream.result()
+    with pytest.raises(RuntimeError, match="session has failed"):
+        session.submit("a")
+    with pytest.raises(RuntimeError, match="session has failed"):
+        session.close()
+    assert llm.cache.free_slots == llm.cache.max_sequences
+
+
+def test_coroutines_share_the_machine_and_leaving_one_early_cancels_it(llm: LLM, alone: list[list[int]]):
+    async def answer(engine: AsyncLLM, index: int) -> list[int]:
+        return [
+            e.token_id async for e in engine.generate(PROMPTS[index], PARAMS[index]) if e.token_id is not None
+        ]
+
+    async def main(session: Session) -> list[list[int]]:
+        engine = AsyncLLM(session)
+        impatient = engine.generate("a", ENDLESS)
+        await anext(impatient)
+        await impatient.aclose()
+        return await asyncio.gather(*(answer(engine, i) for i in range(len(PROMPTS))))
+
+    with llm.session() as session:
+        assert asyncio.run(main(session)) == alone
+    assert llm.cache.free_slots == llm.cache.max_sequences
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+def test_the_other_ranks_follow_rank_0(degree: int, folder: Path, alone: list[list[int]]):
+    leader, *others = run_on_ranks(degree, served, folder)
+    assert leader == (alone, 3)
+    assert others == [(None, 3)] * (degree - 1)
