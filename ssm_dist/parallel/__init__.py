@@ -1,5 +1,17 @@
 """Floor 2: the mesh, the styles, the plans and the reductions. Knows modules by their path only."""
 
+from ssm_dist.parallel.collectives import Reductions, Wire
+from ssm_dist.parallel.foreign import shard_module
+from ssm_dist.parallel.foreign_styles import (
+    Adjusted,
+    ChannelConv,
+    Headwise,
+    PackedBlocks,
+    PackedPairs,
+    PaddedVocabEmbedding,
+    PaddedVocabHead,
+    RowwiseReduce,
+)
 from ssm_dist.parallel.mesh import TensorParallel
 from ssm_dist.parallel.plan import (
     ParameterPlacement,
@@ -9,6 +21,8 @@ from ssm_dist.parallel.plan import (
     localise,
     resolve_plan,
 )
+from ssm_dist.parallel.plans.ready import plan_for
+from ssm_dist.parallel.splits import Along, Blocks, Groups, WithinHeads
 from ssm_dist.parallel.styles import (
     Colwise,
     HeadwiseReduce,
@@ -24,22 +38,38 @@ from ssm_dist.parallel.styles import (
 )
 
 __all__ = [
+    "Adjusted",
+    "Along",
+    "Blocks",
+    "ChannelConv",
     "Colwise",
+    "Groups",
+    "Headwise",
     "HeadwiseReduce",
+    "PackedBlocks",
     "PackedColwise",
+    "PackedPairs",
+    "PaddedVocabEmbedding",
+    "PaddedVocabHead",
     "ParameterPlacement",
     "Plan",
     "ReduceAdd",
     "ReduceAddNorm",
+    "Reductions",
     "Replicated",
     "ResolvedPlan",
     "Rowwise",
+    "RowwiseReduce",
     "Sharded",
     "Style",
     "TensorParallel",
     "VocabParallelEmbedding",
     "VocabParallelHead",
+    "Wire",
+    "WithinHeads",
     "apply_plan",
     "localise",
+    "plan_for",
     "resolve_plan",
+    "shard_module",
 ]

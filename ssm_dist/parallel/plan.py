@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.mesh import TensorParallel
-from ssm_dist.parallel.styles import Reduction, Style, heads_of
+from ssm_dist.parallel.styles import Reduction, Style
 
 Plan = dict[str, Style]
 
@@ -95,10 +95,14 @@ def resolve_plan(model: nn.Module, plan: Plan, degree: int) -> ResolvedPlan:
 def apply_plan(model: nn.Module, tp: TensorParallel, plan: Plan) -> ResolvedPlan:
     """Turn every parameter of a meta model into a DTensor with its planned placement, and install the styles.
 
-    Collective: all ranks call it alike. Raises as `resolve_plan`, before the model is changed.
+    Collective: all ranks call it alike. Raises as `resolve_plan`, before the model is changed. Models that
+    are loaded already, or written elsewhere, take `shard_module`.
     """
     resolved = resolve_plan(model, plan, tp.degree)
     placements = {placement.path: placement for placement in resolved.parameters}
+    for path, parameter in model.named_parameters():
+        if not parameter.is_meta or placements[path].shape != tuple(parameter.shape):
+            raise UserError(f"{path} is allocated, or has another shape when sharded: use shard_module")
     sharded = {
         id(parameter): _as_dtensor(parameter, placements[path], tp)
         for path, parameter in model.named_parameters()
@@ -148,6 +152,7 @@ def _match(modules: dict[str, nn.Module], plan: Plan) -> tuple[dict[str, Style],
             for name in style.shards(modules[path])
             if name not in modules[path]._parameters
         ]
+        problems += [f"{path} {objection}" for path in paths for objection in style.objections(modules[path])]
         styles |= dict.fromkeys(paths, style)
     return styles, problems
 
@@ -160,9 +165,19 @@ def _placement(
     path: str, name: str, parameter: nn.Parameter, module: nn.Module, style: Style, degree: int
 ) -> ParameterPlacement:
     dim = style.shards(module).get(name)
-    if dim is not None and dim >= parameter.dim():
-        raise UserError(f"{_join(path, name)} has {parameter.dim()} dimensions, none numbered {dim}")
-    return ParameterPlacement(_join(path, name), tuple(parameter.shape), parameter.dtype, dim, degree)
+    shape = _true_shape(path, name, module, style, degree)
+    if dim is not None and dim >= len(shape):
+        raise UserError(f"{_join(path, name)} has {len(shape)} dimensions, none numbered {dim}")
+    return ParameterPlacement(_join(path, name), shape, parameter.dtype, dim, degree)
+
+
+def _true_shape(path: str, name: str, module: nn.Module, style: Style, degree: int) -> tuple[int, ...]:
+    """The shape of a module's parameter as its style splits it; see `Style.true_form`."""
+    parameter = module.get_parameter(name).data.to("meta")
+    try:
+        return tuple(style.true_form(module, name, parameter, degree).shape)
+    except UserError as error:
+        raise UserError(f"the plan does not fit the model:\n  {_join(path, name)} {error}") from None
 
 
 def _check_degree(modules: dict[str, nn.Module], styles: dict[str, Style], degree: int) -> None:
@@ -172,11 +187,12 @@ def _check_degree(modules: dict[str, nn.Module], styles: dict[str, Style], degre
         for path, style in styles.items():
             module = modules[path]
             for name, dim in style.shards(module).items():
-                size = module.get_parameter(name).shape[dim]
+                size = _true_shape(path, name, module, style, candidate)[dim]
                 if size % candidate and not (style.padded and candidate != degree):
                     return f"dimension {dim} of {_join(path, name)} has {size} entries"
-            if not style.allows(module, candidate):
-                return f"{path} has {heads_of(module)} heads, which ranks cannot share evenly"
+            reason = style.misfit(module, candidate)
+            if reason is not None:
+                return f"{path} {reason}"
         return None
 
     reason = misfit(degree)
@@ -187,7 +203,6 @@ def _check_degree(modules: dict[str, nn.Module], styles: dict[str, Style], degre
 
 def _as_dtensor(parameter: nn.Parameter, placement: ParameterPlacement, tp: TensorParallel) -> nn.Parameter:
     """A meta DTensor in the place of a meta parameter."""
-    assert parameter.is_meta, f"{placement.path} is already allocated"
     local = torch.empty(placement.local_shape, dtype=placement.dtype, device="meta")
     layout = Replicate() if placement.dim is None else Shard(placement.dim)
     whole = DTensor.from_local(

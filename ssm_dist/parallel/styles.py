@@ -63,9 +63,20 @@ class Style:
         """Sharded dimension of each own parameter that is not replicated."""
         return {}
 
-    def allows(self, module: nn.Module, degree: int) -> bool:
-        """Whether the degree suits the module beyond dividing its sharded dimensions."""
-        return True
+    def true_form(self, module: nn.Module, name: str, parameter: Tensor, degree: int) -> Tensor:
+        """A parameter in the form in which its shards are plain slices, and which `shards` refers to.
+
+        Packed halves become a dimension of their own there. Raises `UserError` where its shape does not fit.
+        """
+        return parameter
+
+    def objections(self, module: nn.Module) -> list[str]:
+        """What makes the module unfit at every degree; messages put its path before each."""
+        return []
+
+    def misfit(self, module: nn.Module, degree: int) -> str | None:
+        """Why the degree does not suit the module, besides a dimension that it does not divide."""
+        return None
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         """Add this style's communication to the module; called on all ranks in the same order."""
@@ -167,8 +178,11 @@ class HeadwiseReduce(Style):
     def shards(self, module: nn.Module) -> dict[str, int]:
         return {"weight": 0}
 
-    def allows(self, module: nn.Module, degree: int) -> bool:
-        return heads_of(module) % degree == 0 or degree % heads_of(module) == 0
+    def misfit(self, module: nn.Module, degree: int) -> str | None:
+        heads = heads_of(module)
+        if heads % degree == 0 or degree % heads == 0:
+            return None
+        return f"has {heads} heads, which ranks cannot share evenly"
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         span = self._span(module, tp.degree)

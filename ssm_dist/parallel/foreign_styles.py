@@ -1,0 +1,231 @@
+"""Styles for modules that were not written for us: their own forward runs on the shard, unchanged.
+
+Such code reads sizes from attributes, packs several weights into one, and expects whole outputs. So these
+styles split packed parameters, adjust attributes, and reduce where a module would return a partial sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssm_dist.parallel.collectives import Wire, tp_all_gather, tp_all_reduce
+from ssm_dist.parallel.mesh import TensorParallel
+from ssm_dist.parallel.splits import Along, Blocks, Groups, PaddedRows, WithinHeads
+from ssm_dist.parallel.styles import (
+    Reduction,
+    Style,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    weight_of,
+)
+from ssm_dist.parallel.summed import summed_product
+
+Travel = Wire | Literal["branch", "x_proj"]
+"""How a sum travels: as given here, or as the `Reductions` of the ranks say for that kind."""
+
+
+def reducer(tp: TensorParallel, wire: Travel, span: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The sum over all ranks, or over `span` neighbours."""
+    group = tp.group if span is None else tp.subgroup(span)
+    chosen = wire if isinstance(wire, Wire) else getattr(tp.reductions, wire)
+    return lambda x: tp_all_reduce(x, group, chosen.codec, chosen.group_size, chosen.algorithm)
+
+
+class ForeignStyle(Style):
+    """A style that says how each parameter is split by a `Split`, which may see it in another shape."""
+
+    def splits(self, module: nn.Module) -> dict[str, Along]:
+        """By name of the module's own parameters; the others are replicated."""
+        return {}
+
+    def shards(self, module: nn.Module) -> dict[str, int]:
+        return {name: split.true_dim for name, split in self.splits(module).items()}
+
+    def true_form(self, module: nn.Module, name: str, parameter: Tensor, degree: int) -> Tensor:
+        split = self.splits(module).get(name)
+        return parameter if split is None else split.true(parameter, degree)
+
+
+@dataclass(frozen=True)
+class Adjusted(ForeignStyle):
+    """Parameters split as `dims` says (a dimension, or a `Split`; a bias is optional), attributes adjusted.
+
+    Adjusted({"A_log": 0, "D": 0}, divided=("intermediate_size",))
+    """
+
+    dims: dict[str, int | Along] = field(default_factory=dict)
+    divided: tuple[str, ...] = ()
+    """Sizes that a rank has its part of. The split dimensions must have one of them. "config.x" gives the
+    module a copy of its config first."""
+    divisible: tuple[str, ...] = ()
+    """Sizes that the degree must divide, though nothing reads them: "config.num_key_value_heads"."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Attributes set as they are: {"use_fast_path": False}."""
+    reduced: Travel | None = None
+    """The module's output is a partial sum, and is reduced like this."""
+
+    def splits(self, module: nn.Module) -> dict[str, Along]:
+        held = {n: d for n, d in self.dims.items() if n != "bias" or module._parameters.get(n) is not None}
+        return {name: dim if isinstance(dim, Along) else Along(dim) for name, dim in held.items()}
+
+    def objections(self, module: nn.Module) -> list[str]:
+        missing = [n for n in (*self.divided, *self.divisible, *self.values) if _find(module, n) is None]
+        if missing:
+            return [f"has no {name!r}, which the plan adjusts" for name in missing]
+        sizes = {name: _find(module, name) for name in self.divided}
+        found = []
+        for name, split in self.splits(module).items():
+            parameter = module._parameters.get(name)
+            if sizes and parameter is not None and parameter.dim() > split.dim:
+                shape = split.true(parameter.data.to("meta"), 1).shape
+                if shape[split.true_dim] not in sizes.values():
+                    listed = ", ".join(f"{n} = {size}" for n, size in sizes.items())
+                    found.append(
+                        f"splits {name} along {shape[split.true_dim]} entries, which is not {listed}"
+                    )
+        return found
+
+    def misfit(self, module: nn.Module, degree: int) -> str | None:
+        for name in (*self.divided, *self.divisible):
+            if _find(module, name) % degree:
+                return f"has {name} = {_find(module, name)}"
+        return None
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        for name in self.divided:
+            _set(module, name, _find(module, name) // tp.degree)
+        for name, value in self.values.items():
+            _set(module, name, value)
+        if self.reduced is not None:
+            reduce = reducer(tp, self.reduced)
+            module.register_forward_hook(lambda _module, _inputs, output: reduce(output))
+
+
+def PackedBlocks(count: int = 2) -> Adjusted:
+    """A linear (count * d_out, d_in) whose rows are blocks, as Mamba's [x; z]."""
+    return Adjusted({"weight": Blocks(0, count), "bias": Blocks(0, count)})
+
+
+def PackedPairs() -> Adjusted:
+    """A linear (2 * d_out, d_in) whose rows are interleaved, as Zamba's x0, z0, x1, z1, ..."""
+    return Adjusted({"weight": Groups(0), "bias": Groups(0)})
+
+
+def ChannelConv() -> Adjusted:
+    """A depthwise nn.Conv1d, its groups being the channels."""
+    return Adjusted({"weight": 0, "bias": 0}, divided=("in_channels", "out_channels", "groups"))
+
+
+@dataclass(frozen=True)
+class RowwiseReduce(ForeignStyle):
+    """A linear (d_out, d_in) whose inputs are split, and which sums its output over the ranks itself.
+
+    RowwiseReduce(Wire("int8"))
+    """
+
+    wire: Travel = "branch"
+
+    def splits(self, module: nn.Module) -> dict[str, Along]:
+        return {"weight": Along(1)}
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        reduce, bias = reducer(tp, self.wire), module._parameters.get("bias")
+        if bias is None:
+            module.register_forward_hook(lambda _module, _inputs, output: reduce(output))
+        else:  # which belongs into the sum once
+            module.forward = lambda x: reduce(F.linear(x, weight_of(module))) + module.get_parameter("bias")
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        return Reduction("all-reduce", weight_of(module).shape[0], degree)
+
+
+@dataclass(frozen=True)
+class Headwise(Adjusted):
+    """Parameters (heads, ...) used by the module's own forward; `dims` gives each one's dimension of a head's
+    channels. Ranks hold whole heads, or where there are more ranks than heads, parts of one."""
+
+    heads: str = ""
+    """The attribute that counts heads."""
+    head_dim: str = ""
+    """The attribute with a head's channels."""
+    summed: tuple[str, ...] = ()
+    """Parameters that are multiplied with the channels: ranks that share a head sum that product."""
+    wire: Travel = "x_proj"
+
+    def splits(self, module: nn.Module) -> dict[str, Along]:
+        return {name: WithinHeads(dim) for name, dim in self.dims.items() if isinstance(dim, int)}
+
+    def objections(self, module: nn.Module) -> list[str]:
+        names = (self.heads, self.head_dim, *self.divided)
+        return [f"has no {name!r}, which the plan adjusts" for name in names if _find(module, name) is None]
+
+    def misfit(self, module: nn.Module, degree: int) -> str | None:
+        heads = _find(module, self.heads)
+        if heads % degree and degree % heads:
+            return f"has {self.heads} = {heads}, which ranks cannot share evenly"
+        return super().misfit(module, degree)
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        super().install(module, tp)
+        heads, head_dim = _find(module, self.heads), _find(module, self.head_dim)
+        span = max(1, tp.degree // heads)
+        _set(module, self.heads, max(1, heads // tp.degree))
+        _set(module, self.head_dim, head_dim // span)
+        if span > 1:
+            reduce = reducer(tp, self.wire, span)
+            for name in self.summed:
+                module._parameters[name] = summed_product(module.get_parameter(name), reduce)
+
+
+@dataclass(frozen=True)
+class PaddedVocabEmbedding(VocabParallelEmbedding, ForeignStyle):
+    """`VocabParallelEmbedding` for tokens of any shape, filling its rows up to a multiple of the degree."""
+
+    def splits(self, module: nn.Module) -> dict[str, Along]:
+        return {"weight": PaddedRows(0)}
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        super().install(module, tp)
+        lookup = module.forward
+        module.forward = lambda tokens: lookup(tokens.flatten()).unflatten(0, tokens.shape)
+
+
+@dataclass(frozen=True)
+class PaddedVocabHead(VocabParallelHead, ForeignStyle):
+    """`VocabParallelHead` for inputs (..., d_model), filling its rows up to a multiple of the degree."""
+
+    def splits(self, module: nn.Module) -> dict[str, Along]:
+        return {"weight": PaddedRows(0)}
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        vocabulary = module.out_features
+
+        def gather(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
+            whole = tp_all_gather(output.flatten(0, -2), tp.group, tp.degree)
+            return whole[:, :vocabulary].unflatten(0, output.shape[:-1])
+
+        module.register_forward_hook(gather)
+
+
+def _find(module: nn.Module, name: str) -> Any:
+    """The attribute at a dotted path, or None."""
+    value: Any = module
+    for part in name.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _set(module: nn.Module, name: str, value: Any) -> None:
+    """Set the attribute at a dotted path, in copies of the objects on the way: others may share them."""
+    first, _, rest = name.partition(".")
+    if rest:
+        owner = copy.copy(getattr(module, first))
+        _set(owner, rest, value)
+        value = owner
+    setattr(module, first, value)
