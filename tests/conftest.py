@@ -1,9 +1,14 @@
 """Fixtures of all tests."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Triton reads this as it is imported, which parts of torch do; its kernels' tests need the interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from tests.ranks import end_all_ranks
 

@@ -71,7 +71,9 @@ def test_a_wrong_world_size_names_both_numbers_and_the_command_to_use(torchrun):
 
 
 def test_ranks_that_agree_end_well(torchrun):
-    done = torchrun("dist.barrier()\nprint('rank', ranks.rank, 'of', ranks.world)", "--parallel.tensor", "2")
+    # one write a line: the ranks share the pipe
+    body = "dist.barrier()\nsys.stdout.write(f'rank {ranks.rank} of {ranks.world}\\n')"
+    done = torchrun(body, "--parallel.tensor", "2")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split("\n")) == ["", "rank 0 of 2", "rank 1 of 2"]
 

@@ -118,7 +118,7 @@ def plain_mask(queries: int, keys: int) -> Tensor:
 def test_no_step_holds_more_activations_than_estimated(
     monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, lengths: list[int]
 ) -> None:
-    monkeypatch.setattr("ssm_dist.kernels.attention.causal_lower_right", plain_mask)
+    monkeypatch.setattr("torch.nn.attention.bias.causal_lower_right", plain_mask)
     model, need, cache = whole_model(name, dtype, sum(lengths))
     batch = step(model, cache, lengths)
     with LiveBytes() as count:

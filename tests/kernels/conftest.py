@@ -2,16 +2,10 @@
 
 import importlib.util
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-
-# Triton reads this as it is imported, and parts of torch import it. Where another test came first, the
-# fixture `triton_backend` says so.
-if "triton" not in sys.modules and not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ssm_dist.kernels import backend
 
