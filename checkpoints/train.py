@@ -128,7 +128,7 @@ def results(training: Training, exact: float, rounded: float, bytes_per_token: f
         "best_step": training.best_step,
         "tokens_seen": training.done * settings.batch * settings.length,
         "training_seconds": round(training.seconds, 1),
-        "train_loss": training.curve[-1]["train"],
+        "train_loss": next(row["train"] for row in training.curve if row["step"] == training.best_step),
         "validation_loss_before_rounding": round(exact, 4),
         "validation_loss": round(rounded, 4),
         "perplexity": round(math.exp(rounded), 3),
@@ -154,7 +154,7 @@ def train_all(options: argparse.Namespace, corpus: Corpus, tokenizer: Path) -> l
     """Train one model after another; where Triton fails, again in plain torch. Returns those that failed."""
     seconds = 60 * options.minutes_per_model
     scans = [options.scan] if options.scan == "torch" else [options.scan, "torch"]
-    names = ("batch", "length", "steps", "learning_rate", "validation_tokens", "seed")
+    names = ("batch", "length", "steps", "learning_rate", "weight_decay", "validation_tokens", "seed")
     settings = Settings(**{name: getattr(options, name) for name in names})
     failed = []
     for name in options.models:
@@ -175,13 +175,14 @@ def train_all(options: argparse.Namespace, corpus: Corpus, tokenizer: Path) -> l
 
 def table(folder: Path) -> str:
     """Markdown table of the TRAINING.json files below `folder`."""
-    head = "checkpoint|parameters|steps|tokens|seconds|train loss|validation loss|perplexity|bits a byte"
-    rows = [head.split("|"), ["---"] * 9]
+    head = "checkpoint|kept of steps|tokens until then|seconds in all|train loss|validation loss|perplexity"
+    rows = [f"{head}|bits a byte".split("|"), ["---"] * 8]
     for path in sorted(folder.glob("*/TRAINING.json")):
         run: dict[str, Any] = json.loads(path.read_text())
-        numbers = (run["parameters"], run["steps"], run["tokens_seen"])
         names = ("training_seconds", "train_loss", "validation_loss", "perplexity", "bits_per_byte")
-        rows.append([path.parent.name, *(f"{x:,}" for x in numbers), *(str(run[name]) for name in names)])
+        tokens = run["best_step"] * run["settings"]["batch"] * run["settings"]["length"]
+        steps = f"{run['best_step']:,} of {run['steps']:,}"
+        rows.append([path.parent.name, steps, f"{tokens:,}", *(str(run[name]) for name in names)])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -210,6 +211,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=64, help="windows a step")
     parser.add_argument("--length", type=int, default=512, help="tokens a window")
     parser.add_argument("--learning-rate", type=float, default=Settings.learning_rate)
+    parser.add_argument("--weight-decay", type=float, default=Settings.weight_decay)
     parser.add_argument("--validation-tokens", type=int, help="for a quick trial: so many tokens, not all")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument("--sample-tokens", type=int, default=120, help="length of the sample continuations")

@@ -135,7 +135,7 @@ class Training:
         self._counted += 1
         self.done += 1
         if self.done % 100 == 0:
-            print(f"  step {self.done} of {self.steps or '?'}: loss {float(loss):.3f}", flush=True)
+            print(f"  step {self.done} of {self.steps or '?'}: loss {loss.item():.3f}", flush=True)
 
     def _choose_steps(self) -> None:
         if self.done == 20:
