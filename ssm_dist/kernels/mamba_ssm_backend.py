@@ -10,10 +10,11 @@ from mamba_ssm.ops.triton.selective_state_update import selective_state_update a
 from torch import Tensor
 
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.operators import operator
 
 
 @backend.register("causal_conv_update", "mamba_ssm")
-@torch.library.custom_op("ssm_dist::causal_conv_update_mamba_ssm", mutates_args=("state",))
+@operator("causal_conv_update_mamba_ssm", mutates=("state",))
 def causal_conv_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
 ) -> Tensor:
@@ -23,7 +24,7 @@ def causal_conv_update(
 
 
 @backend.register("selective_state_update", "mamba_ssm")
-@torch.library.custom_op("ssm_dist::selective_state_update_mamba_ssm", mutates_args=("state",))
+@operator("selective_state_update_mamba_ssm", mutates=("state",))
 def selective_state_update(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
     state: Tensor, slots: Tensor,
@@ -37,16 +38,3 @@ def selective_state_update(
         D_heads, z=z_heads, dt_bias=bias_heads, dt_softplus=True, state_batch_indices=slots,
     )  # fmt: skip
     return y.flatten(1).contiguous()
-
-
-@causal_conv_update.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@selective_state_update.register_fake
-def _(
-    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
-    state: Tensor, slots: Tensor,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import chunk_of_program, exp2, factor, sequence_of
 
 PROGRAMS = 1056
@@ -173,7 +174,7 @@ def _join_kernel(
 
 
 @backend.register("paged_attention", "triton")
-@torch.library.custom_op("ssm_dist::paged_attention", mutates_args=("key_pages", "value_pages"))
+@operator("paged_attention", mutates=("key_pages", "value_pages"))
 def paged_attention(
     query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
     seq_offsets: Tensor, positions: Tensor, pages: Tensor, scale: float,
@@ -224,11 +225,3 @@ def _attend_in_parts(walk: tuple[Tensor, ...], where: tuple[object, ...], blocks
             sums, tops, totals, y, size, PARTS=parts, BLOCK=JOINED, BLOCK_P=min(parts, 32), num_warps=4,
             enable_fp_fusion=True,
         )  # fmt: skip
-
-
-@paged_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, key_pages: Tensor, value_pages: Tensor,
-    seq_offsets: Tensor, positions: Tensor, pages: Tensor, scale: float,
-) -> Tensor:  # fmt: skip
-    return query.new_empty(query.shape)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import chunk_of_program, only_if, silu
 
 
@@ -169,7 +170,7 @@ def _conv_update_kernel(
 
 
 @backend.register("causal_conv", "triton")
-@torch.library.custom_op("ssm_dist::causal_conv", mutates_args=("state",))
+@operator("causal_conv", mutates=("state",))
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_offsets: Tensor, slots: Tensor
 ) -> Tensor:
@@ -192,7 +193,7 @@ def causal_conv(
 
 
 @backend.register("causal_conv_update", "triton")
-@torch.library.custom_op("ssm_dist::causal_conv_update", mutates_args=("state",))
+@operator("causal_conv_update", mutates=("state",))
 def causal_conv_update(
     x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor
 ) -> Tensor:
@@ -215,15 +216,3 @@ def causal_conv_update(
 def _check(x: Tensor, weight: Tensor, state: Tensor) -> None:
     assert 2 <= weight.shape[1] <= 4, f"the Triton convolution serves widths 2 to 4, not {weight.shape[1]}"
     assert x.stride(-1) == 1 and state.stride(-1) == 1 and weight.is_contiguous()
-
-
-@causal_conv.register_fake
-def _(
-    x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, seq_offsets: Tensor, slots: Tensor
-) -> Tensor:
-    return x.new_empty(x.shape)
-
-
-@causal_conv_update.register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor) -> Tensor:
-    return x.new_empty(x.shape)

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.operators import operator
 
 
 @triton.jit
@@ -65,26 +66,26 @@ def _launch(
     return y, total
 
 
-@torch.library.custom_op("ssm_dist::add_rms_norm", mutates_args=())
+def _normalised_and_sum(
+    branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return _normalised(branch, weight, eps), branch.new_empty(branch.shape, dtype=torch.float32)
+
+
+def _normalised(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return residual.new_empty(residual.shape, dtype=weight.dtype)
+
+
+@operator("add_rms_norm", fake=_normalised_and_sum)
 def _add_and_norm(
     branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     return _launch(branch, residual, weight, eps)
 
 
-@torch.library.custom_op("ssm_dist::rms_norm", mutates_args=())
+@operator("rms_norm", fake=_normalised)
 def _norm(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
     return _launch(None, residual, weight, eps)[0]
-
-
-@_add_and_norm.register_fake
-def _(branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(branch, dtype=weight.dtype), torch.empty_like(branch, dtype=torch.float32)
-
-
-@_norm.register_fake
-def _(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return residual.new_empty(residual.shape, dtype=weight.dtype)
 
 
 @backend.register("add_rms_norm", "triton")
@@ -99,7 +100,7 @@ def add_rms_norm(
 
 
 @backend.register("rms_normalize", "triton")
-@torch.library.custom_op("ssm_dist::rms_normalize", mutates_args=())
+@operator("rms_normalize")
 def rms_normalize(x: Tensor, eps: float) -> Tensor:
     """`ssm_dist.kernels.rms_normalize` for (T, n) or (T, G, n); the last axis must be contiguous."""
     assert x.dim() in (2, 3) and x.stride(-1) == 1
@@ -115,8 +116,3 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
                 ROWS=per_program, BLOCK=block, num_warps=4, enable_fp_fusion=True,
             )  # fmt: skip
     return y
-
-
-@rms_normalize.register_fake
-def _(x: Tensor, eps: float) -> Tensor:
-    return x.new_empty(x.shape)

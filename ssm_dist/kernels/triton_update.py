@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import exp2, only_if, silu, softplus
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -77,7 +78,7 @@ def _state_update_kernel(
 
 
 @backend.register("selective_state_update", "triton")
-@torch.library.custom_op("ssm_dist::selective_state_update", mutates_args=("state",))
+@operator("selective_state_update", mutates=("state",))
 def selective_state_update(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
     state: Tensor, slots: Tensor,
@@ -101,11 +102,3 @@ def selective_state_update(
                 enable_fp_fusion=True, **config,
             )  # fmt: skip
     return y
-
-
-@selective_state_update.register_fake
-def _(
-    x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
-    state: Tensor, slots: Tensor,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(x.shape)
