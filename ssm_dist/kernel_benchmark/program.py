@@ -86,6 +86,7 @@ def measure(case: Case, clock: Clock, ceilings: dict[str, float], peers: dict[st
     if times:
         row["peer"] = min(times, key=times.__getitem__)
         row["peer_us"], row["speedup"] = times[row["peer"]], times[row["peer"]] / row["us"]
+    logger.info(" ".join(str(round(v, 2)) if isinstance(v, float) else str(v) for v in row.values()))
     return row
 
 
@@ -107,6 +108,7 @@ def sweep(case: Case, clock: Clock) -> dict[str, Any]:
         with tuning.forced(case.op, config):
             found.append((1e6 * clock.seconds(calls), config))
     found.sort(key=operator.itemgetter(0))
+    logger.info("%s recorded %.1f best %.1f %s", _shape(case), recorded, *found[0])
     return {**_shape(case), "recorded_us": recorded, "candidates": found}
 
 
