@@ -56,6 +56,9 @@ def _run(words: list[str]) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"there is no command {name}; the nearest is {nearest} (see ssm-dist --help)")
     command = COMMANDS[name]
+    if command.schema is None:
+        importlib.import_module(f"ssm_dist.commands.{name}").run(words)
+        return
     try:
         flags = read_flags(command.schema, words, prog=f"ssm-dist {name}", description=_describe(name))
     except SystemExit:  # after --help

@@ -1,6 +1,6 @@
 """Times every op at the shapes of the released models, against its floor, the definition and its peers.
 
-    python -m ssm_dist.kernel_benchmark [--models mamba-2.8b ...] [--degrees 1 2 4] [--ops causal_conv ...]
+    ssm-dist kernels [--models mamba-2.8b ...] [--degrees 1 2 4] [--ops causal_conv ...]
         [--sweep] [--out file.json]
 
 The floor of a case is the largest of three times: its bytes at the bandwidth of a large copy, its operations
@@ -191,7 +191,7 @@ def _best(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m ssm_dist.kernel_benchmark", description=__doc__,
+    parser = argparse.ArgumentParser(prog="ssm-dist kernels", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--models", nargs="+", default=["mamba-2.8b", "falcon-mamba-7b", "zamba-7b"])
     parser.add_argument("--degrees", nargs="+", type=int, default=[1, 2, 4])

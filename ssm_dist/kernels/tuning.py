@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: chosen offline, recorded here, never searched while serving.
 
 A search at run time could make ranks differ, and its first answers come late. The rows for sm_90 come from
-`python -m ssm_dist.kernel_benchmark --sweep` on an H200 (132 multiprocessors, 4.3 TB/s). Those for sm_80 and
+`ssm-dist kernels --sweep` on an H200 (132 multiprocessors, 4.3 TB/s). Those for sm_80 and
 sm_86 are reasoned from it: a third to a half of the bandwidth needs fewer bytes in flight, and 64 KB of
 registers feed the same number of warps, so smaller tiles reach the same occupancy.
 """

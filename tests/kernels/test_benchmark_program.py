@@ -1,4 +1,4 @@
-"""`python -m ssm_dist.kernel_benchmark` on a CPU, where it times the definitions at tiny shapes."""
+"""`ssm-dist kernels` on a CPU, where it times the definitions at tiny shapes."""
 
 import json
 from pathlib import Path
