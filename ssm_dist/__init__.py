@@ -18,7 +18,16 @@ if TYPE_CHECKING:
     from ssm_dist.llm import LLM
     from ssm_dist.sampling.params import SamplingParams
 
-__all__ = ["LLM", "AsyncLLM", "Completion", "Config", "SamplingParams", "TokenEvent", "UserError", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "Completion",
+    "Config",
+    "SamplingParams",
+    "TokenEvent",
+    "UserError",
+    "__version__",
+]
 
 _HOMES = {
     "AsyncLLM": "ssm_dist.async_llm",

@@ -155,6 +155,7 @@ def _check_memory(
         max_sequences=config.cache.max_sequences,
         max_tokens=config.cache.max_tokens,
         chunk_tokens=config.prefill.chunk_tokens,
+        prefix_bytes=config.cache.prefix_device_bytes,
     )
 
     def least(free: int) -> int:

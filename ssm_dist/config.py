@@ -100,6 +100,21 @@ class CacheConfig(Section):
     state_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Type of the recurrent state; below float32 it drifts over long generations."""
 
+    prefix_device_bytes: int = Field(0, strict=True, ge=0)
+    """Bytes on each device for states of prompts and answers, for prompts that begin alike; 0 is off."""
+
+    prefix_host_bytes: int = Field(0, strict=True, ge=0)
+    """Bytes of host memory, for each rank, that hold what leaves the device; 0 is off."""
+
+    prefix_folder: Path | None = None
+    """A folder for what leaves the host, emptied at the end; together with prefix_folder_bytes."""
+
+    prefix_folder_bytes: int = Field(0, strict=True, ge=0)
+    """Bytes in that folder, for each rank."""
+
+    prefix_interval: int = Field(2048, strict=True, ge=1)
+    """Tokens between two states kept of a prompt; those at its end and the answer's are kept besides."""
+
 
 class CompileConfig(Section):
     mode: Literal["none"] = "none"

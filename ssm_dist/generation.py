@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ssm_dist.engine import Engine
+from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.requests import Request
 from ssm_dist.sampling.sampler import Sampled
 from ssm_dist.scheduler import Scheduler, Sequence, Step
@@ -87,12 +88,17 @@ class Run:
     """Requests on their way through the engine; more may come, and some may go, between steps."""
 
     def __init__(
-        self, engine: Engine, tokenizer: Tokenizer | None, eos_ids: Iterable[int], chunk_tokens: int
+        self,
+        engine: Engine,
+        prefixes: PrefixCache,
+        tokenizer: Tokenizer | None,
+        eos_ids: Iterable[int],
+        chunk_tokens: int,
     ) -> None:
-        self._engine = engine
+        self._engine, self._prefixes = engine, prefixes
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
-        self._scheduler = Scheduler(engine.cache, chunk_tokens)
+        self._scheduler = Scheduler(prefixes, chunk_tokens)
         self._active: dict[int, Sequence] = {}
         self._streams: dict[int, TextStream] = {}
 
@@ -149,9 +155,14 @@ class Run:
     def execute(self, step: Step) -> list[TokenEvent]:
         """Run a planned step; the new tokens, and the ends of those requests that end with theirs."""
         chunks, sampled = self._engine.run(step)
+        for c in [] if step.decode else step.chunks:
+            self._prefixes.after_chunk(c.sequence.slot, c.sequence.prompt_ids, c.start + len(c.tokens))
         events = [] if sampled is None else self._events_of([c.sequence for c in chunks], sampled)
         for event in events:
             if event.finish_reason is not None:
+                sequence = self._active[event.index]
+                # the last token sampled has not entered the state
+                self._prefixes.capture(sequence.slot, sequence.prompt_ids + sequence.token_ids[:-1])
                 self._end(event.index)
         return events
 

@@ -21,12 +21,13 @@ from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes
+from ssm_dist.prefix_cache import PrefixCache, PrefixLimits, chunk_grid
 from ssm_dist.requests import Prompt, Request, parse_line, prepare
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.sampling.sampler import Sampler
 from ssm_dist.score import Score, score_tokens
 from ssm_dist.session import Session, follow
-from ssm_dist.state_cache import StateCache
+from ssm_dist.state_cache import StateCache, slot_bytes
 from ssm_dist.text import Tokenizer
 
 Result = TypeVar("Result")
@@ -44,14 +45,18 @@ class LLM:
         self.model: LanguageModel = loaded.model
         """This rank's shard; an ordinary module of local tensors."""
         self.tokenizer: Tokenizer | None = loaded.tokenizer
+        shapes, asked = self.model.state_shapes(), config.cache
+        slot = slot_bytes(shapes, loaded.dtype, loaded.state_dtype)
         self.cache = StateCache(
-            self.model.state_shapes(),
+            shapes,
             max_sequences=config.cache.max_sequences,
             max_tokens=config.cache.max_tokens,
             dtype=loaded.dtype,
             state_dtype=loaded.state_dtype,
             device=loaded.device,
+            snapshots=asked.prefix_device_bytes // slot,
         )
+        self.prefixes = PrefixCache(self.cache, _limits(config))
         vocab_size = loaded.config.vocab_size
         sampler = Sampler(config.cache.max_sequences, vocab_size, loaded.device)
         self.engine = Engine(self.model, self.cache, sampler, vocab_size)
@@ -73,6 +78,7 @@ class LLM:
     @classmethod
     def from_config(cls, config: Config) -> Self:
         """Load what a configuration names; see `load_model` for the errors."""
+        _limits(config)  # before minutes of loading
         return cls(load_model(config), config)
 
     @classmethod
@@ -189,7 +195,13 @@ class LLM:
         return self._new_run().events(requests)
 
     def _new_run(self) -> Run:
-        return Run(self.engine, self.tokenizer, self.loaded.eos_ids, self.config.prefill.chunk_tokens)
+        return Run(
+            self.engine,
+            self.prefixes,
+            self.tokenizer,
+            self.loaded.eos_ids,
+            self.config.prefill.chunk_tokens,
+        )
 
     def _strict(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None
@@ -226,6 +238,21 @@ class LLM:
         return [
             Request(**f | {"params": SamplingParams.model_validate(f["params"])}) for f in json.loads(data)
         ]
+
+
+def _limits(config: Config) -> PrefixLimits | None:
+    """None where no level has a budget. Raises `UserError` for settings that do not go together."""
+    asked = config.cache
+    if asked.prefix_folder is not None and not asked.prefix_folder.is_dir():
+        raise UserError(f"[cache] prefix_folder: there is no folder {asked.prefix_folder}")
+    if (asked.prefix_folder is None) != (asked.prefix_folder_bytes == 0):
+        raise UserError("[cache] prefix_folder and prefix_folder_bytes go together: set both, or neither")
+    if not (asked.prefix_device_bytes or asked.prefix_host_bytes or asked.prefix_folder_bytes):
+        return None
+    chunk_grid(asked.prefix_interval, config.prefill.chunk_tokens)
+    return PrefixLimits(
+        asked.prefix_interval, asked.prefix_host_bytes, asked.prefix_folder, asked.prefix_folder_bytes
+    )
 
 
 def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:

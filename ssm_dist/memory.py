@@ -61,8 +61,9 @@ def estimate(
     max_sequences: int,
     max_tokens: int,
     chunk_tokens: int,
+    prefix_bytes: int = 0,
 ) -> MemoryNeed:
-    """What a rank needs to run a model; the last three are [cache] and [prefill] settings.
+    """What a rank needs to run a model; the last four are [cache] and [prefill] settings.
 
     shapes: of the whole model, as `state_shapes()` gives them before it is sharded; placements: of all its
     parameters, from the resolved plan.
@@ -77,7 +78,7 @@ def estimate(
     states = state_need(mine, max_sequences, max_tokens, dtype, state_dtype)
     return MemoryNeed(
         weights=_weight_bytes(placements, dtype, config.tied_head),
-        states=states.slots,
+        states=states.slots + prefix_bytes,
         kv_pages=states.kv_pages,
         activations=_activation_bytes(config, degree, dtype.itemsize, max_sequences, chunk_tokens),
     )
@@ -140,7 +141,7 @@ def _host_free() -> int:
 def _explanation(need: MemoryNeed, free: int) -> str:
     parts = [
         ("weights", need.weights, "less with a higher [parallel] tensor"),
-        ("states", need.states, "less with fewer [cache] max_sequences"),
+        ("states", need.states, "less with fewer [cache] max_sequences or prefix_device_bytes"),
         ("keys and values", need.kv_pages, "less with fewer [cache] max_tokens"),
         ("activations of a step", need.activations, "less with fewer [prefill] chunk_tokens"),
     ]

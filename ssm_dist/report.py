@@ -30,9 +30,21 @@ def run_table(llm: LLM, completions: list[Completion]) -> Table:
         "kernels": llm.loaded.kernels,
         "reductions": llm.reduction,
     }
+    if llm.prefixes.limits is not None:
+        rows["prefix reuse"] = _reuse(llm)
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _reuse(llm: LLM) -> str:
+    """Counters of the prefix cache."""
+    counters, held = llm.prefixes.counters, llm.prefixes.bytes_held
+    levels = zip(held, ("device", "host", "files"), strict=True)
+    return (
+        f"{counters.hits} hits, {counters.misses} misses, {counters.tokens_saved} tokens saved; "
+        + ", ".join(f"{size(count)} on {name}" for count, name in levels if count)
+    ).removesuffix("; ")
 
 
 def size(count: int) -> str:

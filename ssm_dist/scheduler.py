@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
+from ssm_dist.prefix_cache import PrefixCache, chunk_grid
 from ssm_dist.sampling.params import SamplingParams
-from ssm_dist.state_cache import StateCache
 
 
 @dataclass(eq=False)
@@ -66,10 +66,12 @@ class Step:
 class Scheduler:
     """Admits sequences in order of arrival, and alternates between prefill chunks and decode steps."""
 
-    def __init__(self, cache: StateCache, chunk_tokens: int) -> None:
-        """chunk_tokens: prompt tokens in one step at most."""
-        self._cache = cache
+    def __init__(self, prefixes: PrefixCache, chunk_tokens: int) -> None:
+        """chunk_tokens: prompt tokens in one step at most. Raises `UserError` as `chunk_grid`."""
+        self._prefixes = prefixes
         self._chunk_tokens = chunk_tokens
+        limits = prefixes.limits
+        self._grid = None if limits is None else chunk_grid(limits.interval, chunk_tokens)
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._decoded_last = True
@@ -94,31 +96,39 @@ class Scheduler:
         """Give back the slot of a sequence that has ended, or drop it from the queue."""
         if sequence in self._running:
             self._running.remove(sequence)
-            self._cache.release(sequence.slot)
+            self._prefixes.cache.release(sequence.slot)
         else:
             self._waiting.remove(sequence)
 
     def _admit(self) -> list[Sequence]:
         admitted = []
         while self._waiting:
-            slot = self._cache.acquire(self._waiting[0].most_tokens)
-            if slot is None:
+            place = self._prefixes.acquire(self._waiting[0].prompt_ids, self._waiting[0].most_tokens)
+            if place is None:
                 break
             sequence = self._waiting.popleft()
-            sequence.slot = slot
+            sequence.slot, sequence.computed = place
             self._running.append(sequence)
             admitted.append(sequence)
         return admitted
 
     def _prefill_chunks(self, prefilling: list[Sequence]) -> list[Chunk]:
-        """The next tokens of the oldest prompts, up to the chunk's budget."""
+        """The next tokens of the oldest prompts, up to the chunk's budget.
+
+        With snapshots, a chunk goes up to the next multiple of the grid or not at all.
+        """
         chunks, budget = [], self._chunk_tokens
         for sequence in prefilling:
-            start = sequence.computed
-            tokens = sequence.prompt_ids[start : start + budget]
-            chunks.append(Chunk(sequence, start, tokens))
-            sequence.computed += len(tokens)
-            budget -= len(tokens)
+            start, end = sequence.computed, len(sequence.prompt_ids)
+            if self._grid is not None:
+                end = min(end, start - start % self._grid + self._grid)
+            elif end - start > budget:
+                end = start + budget
+            if end - start > budget:
+                break
+            chunks.append(Chunk(sequence, start, sequence.prompt_ids[start:end]))
+            sequence.computed = end
+            budget -= end - start
             if budget == 0:
                 break
         return chunks

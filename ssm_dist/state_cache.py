@@ -1,17 +1,21 @@
 """The memory of sequences in flight: preallocated state slots, and pages of keys and values.
 
 Admission is exact: a sequence takes one slot and, for hybrid models, the pages of all tokens that it may
-reach, so a sequence once admitted can always run to its end.
+reach, so a sequence once admitted can always run to its end. Snapshots are slots past those of sequences, and
+a share in the pages of the sequence that they are taken of: the rows of a page that a snapshot covers never
+change, and whoever continues from it copies the page that is not full.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, StateShapes
+from ssm_dist.pages import PagePool
 
 PAGE_TOKENS = 16
 """Tokens of keys and values in one page."""
@@ -26,15 +30,55 @@ class StateNeed:
     kv_pages: int
 
 
+def slot_bytes(shapes: StateShapes, dtype: torch.dtype, state_dtype: torch.dtype) -> int:
+    """Bytes of one slot on one rank."""
+    conv = torch.Size(shapes.conv).numel() * dtype.itemsize
+    ssm = torch.Size(shapes.ssm).numel() * state_dtype.itemsize
+    return shapes.layers * (conv + ssm)
+
+
 def state_need(
     shapes: StateShapes, max_sequences: int, max_tokens: int, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> StateNeed:
     """What `StateCache` with the same arguments will allocate."""
-    conv = torch.Size(shapes.conv).numel() * dtype.itemsize
-    ssm = torch.Size(shapes.ssm).numel() * state_dtype.itemsize
-    pages = -(-max_tokens // PAGE_TOKENS) if shapes.attention_sites else 0
+    pages = pages_of(max_tokens) if shapes.attention_sites else 0
     token = 2 * torch.Size(shapes.kv).numel() * dtype.itemsize * shapes.attention_sites
-    return StateNeed(max_sequences * shapes.layers * (conv + ssm), pages * PAGE_TOKENS * token)
+    return StateNeed(max_sequences * slot_bytes(shapes, dtype, state_dtype), pages * PAGE_TOKENS * token)
+
+
+def pages_of(tokens: int) -> int:
+    """Pages that so many tokens of one sequence take."""
+    return -(-tokens // PAGE_TOKENS)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A snapshot on the device."""
+
+    slot: int
+    pages: tuple[int, ...]
+    tokens: int
+
+
+@dataclass(frozen=True)
+class HostState:
+    """The state of one sequence on this rank, in host memory."""
+
+    conv: Tensor
+    """(layers, conv_width - 1, d_inner)"""
+    ssm: Tensor
+    """(layers, d_inner, d_state)"""
+    kv: Tensor
+    """(sites, 2, pages, page_size, heads, head_dim); rows past the tokens are arbitrary"""
+
+    @property
+    def nbytes(self) -> int:
+        return self.conv.nbytes + self.ssm.nbytes + self.kv.nbytes
+
+    def wait(self) -> None:
+        """Until copies on their way from a GPU have come, and the host may read."""
+        if self.conv.is_pinned():
+            torch.cuda.synchronize()
 
 
 class StateCache:
@@ -53,14 +97,17 @@ class StateCache:
         dtype: torch.dtype,
         state_dtype: torch.dtype,
         device: torch.device,
+        snapshots: int = 0,
     ) -> None:
         """dtype is that of the convolution's inputs, keys and values; state_dtype that of the scan's states.
 
-        max_tokens bounds the keys and values over all sequences; models without attention ignore it.
+        max_tokens bounds the keys and values over all sequences and snapshots; models without attention
+        ignore it. snapshots: slots beside those of sequences.
         """
-        self._conv = torch.zeros(shapes.layers, max_sequences, *shapes.conv, dtype=dtype, device=device)
-        self._ssm = torch.zeros(shapes.layers, max_sequences, *shapes.ssm, dtype=state_dtype, device=device)
-        pages = -(-max_tokens // PAGE_TOKENS) if shapes.attention_sites else 0
+        slots = max_sequences + snapshots
+        self._conv = torch.zeros(shapes.layers, slots, *shapes.conv, dtype=dtype, device=device)
+        self._ssm = torch.zeros(shapes.layers, slots, *shapes.ssm, dtype=state_dtype, device=device)
+        pages = pages_of(max_tokens) if shapes.attention_sites else 0
         kv_shape = (shapes.attention_sites, 2, pages, PAGE_TOKENS, *shapes.kv)
         self._kv = torch.zeros(kv_shape, dtype=dtype, device=device)
         self.state = ModelState(
@@ -70,8 +117,13 @@ class StateCache:
         self.paged = shapes.attention_sites > 0
         self.max_sequences = max_sequences
         self.max_tokens = pages * PAGE_TOKENS
+        self.slot_bytes = slot_bytes(shapes, dtype, state_dtype)
+        self.page_bytes = self._kv.nbytes // pages if pages else 0
+        self.pool = PagePool(pages)
+        self.make_room: Callable[[int], None] | None = None
+        """Called when fewer than so many pages are free and snapshots hold the rest: it drops snapshots."""
         self._free_slots = list(reversed(range(max_sequences)))
-        self._free_pages = list(reversed(range(pages)))
+        self._free_snapshots = list(reversed(range(max_sequences, slots)))
         self._pages: dict[int, list[int]] = {}
 
     @property
@@ -81,23 +133,36 @@ class StateCache:
 
     @property
     def free_slots(self) -> int:
-        """Slots that nobody holds."""
+        """Slots that no sequence holds."""
         return len(self._free_slots)
 
-    def acquire(self, tokens: int) -> int | None:
-        """A zeroed slot for a sequence of at most `tokens` tokens, or None while there is no room for it."""
-        pages = -(-tokens // PAGE_TOKENS) if self.paged else 0
-        if not self._free_slots or pages > len(self._free_pages):
+    @property
+    def free_snapshots(self) -> int:
+        """Slots for snapshots that hold none."""
+        return len(self._free_snapshots)
+
+    def acquire(self, tokens: int, shared: Sequence[int] = ()) -> int | None:
+        """A zeroed slot for a sequence of at most `tokens` tokens, or None while there is no room for it.
+
+        shared: full pages with the first keys and values of the sequence, which somebody holds already.
+        """
+        need = (pages_of(tokens) if self.paged else 0) - len(shared)
+        self.pool.use(shared)
+        if not self._free_slots or need > self.pool.free + self.pool.reclaimable:
+            self.pool.leave(shared)
             return None
+        if need > self.pool.free:
+            assert self.make_room is not None
+            self.make_room(need)
         slot = self._free_slots.pop()
-        self._pages[slot] = [self._free_pages.pop() for _ in range(pages)]
+        self._pages[slot] = [*shared, *self.pool.take(need)]
         self._conv[:, slot] = 0
         self._ssm[:, slot] = 0
         return slot
 
     def release(self, slot: int) -> None:
         """Give back a slot and its pages."""
-        self._free_pages += reversed(self._pages.pop(slot))
+        self.pool.leave(reversed(self._pages.pop(slot)))
         self._free_slots.append(slot)
 
     def page_table(self, slots: list[int]) -> Tensor | None:
@@ -107,3 +172,53 @@ class StateCache:
         width = max(len(self._pages[slot]) for slot in slots)
         rows = [self._pages[slot] + [0] * (width - len(self._pages[slot])) for slot in slots]
         return torch.tensor(rows, dtype=torch.int32).to(self._kv.device, non_blocking=True)
+
+    def keep(self, slot: int, tokens: int) -> Kept:
+        """A snapshot of a sequence that has absorbed `tokens` tokens; a slot for it must be free."""
+        pages = tuple(self._pages[slot][: pages_of(tokens)])
+        kept = Kept(self._free_snapshots.pop(), pages, tokens)
+        self.pool.keep(pages)
+        self._copy_slot(slot, kept.slot)
+        return kept
+
+    def drop(self, kept: Kept) -> None:
+        """Give back a snapshot's slot and pages."""
+        self.pool.drop(reversed(kept.pages))
+        self._free_snapshots.append(kept.slot)
+
+    def continue_from(self, kept: Kept, slot: int) -> None:
+        """Put a snapshot into the slot of a sequence that shares its full pages."""
+        self._copy_slot(kept.slot, slot)
+        if self.paged and kept.tokens % PAGE_TOKENS:
+            last = kept.tokens // PAGE_TOKENS
+            self._kv[:, :, self._pages[slot][last]] = self._kv[:, :, kept.pages[last]]
+
+    def export(self, slot: int, pages: Sequence[int]) -> HostState:
+        """A copy in host memory: pinned and asynchronous from a GPU, in the order of its stream."""
+        where = torch.tensor(list(pages), dtype=torch.int64, device=self._kv.device)
+        kv = self._kv.index_select(2, where)
+        return HostState(_to_host(self._conv[:, slot]), _to_host(self._ssm[:, slot]), _to_host(kv))
+
+    def export_sequence(self, slot: int, tokens: int) -> HostState:
+        """`export` of a sequence that has absorbed `tokens` tokens."""
+        return self.export(slot, self._pages[slot][: pages_of(tokens)])
+
+    def fill(self, slot: int, state: HostState) -> None:
+        """Put a state from the host into the slot of a sequence that shares no pages."""
+        self._conv[:, slot].copy_(state.conv, non_blocking=True)
+        self._ssm[:, slot].copy_(state.ssm, non_blocking=True)
+        if self.paged:
+            mine = self._pages[slot][: state.kv.shape[2]]
+            where = torch.tensor(mine, dtype=torch.int64, device=self._kv.device)
+            self._kv.index_copy_(2, where, state.kv.to(self._kv.device, non_blocking=True))
+
+    def _copy_slot(self, source: int, target: int) -> None:
+        self._conv[:, target] = self._conv[:, source]
+        self._ssm[:, target] = self._ssm[:, source]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor.clone(memory_format=torch.contiguous_format)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor.contiguous(), non_blocking=True)

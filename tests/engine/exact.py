@@ -68,10 +68,10 @@ def exact_continuation(prompt: list[int], count: int, *, paged: bool) -> list[in
         value = (value * 31 + tokens[-1] + 1) % MODULUS
 
 
-def exact_engine(shapes: StateShapes, max_sequences: int, max_tokens: int) -> Engine:
+def exact_engine(shapes: StateShapes, max_sequences: int, max_tokens: int, snapshots: int = 0) -> Engine:
     """An engine of that model."""
     cache = StateCache(
         shapes, max_sequences=max_sequences, max_tokens=max_tokens, dtype=torch.float32,
-        state_dtype=torch.float32, device=torch.device("cpu"),
+        state_dtype=torch.float32, device=torch.device("cpu"), snapshots=snapshots,
     )  # fmt: skip
     return Engine(ExactModel(), cache, Sampler(max_sequences, VOCAB, "cpu"), VOCAB)  # type: ignore[arg-type]

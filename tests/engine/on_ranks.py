@@ -32,3 +32,14 @@ def served(folder: Path) -> tuple[list[list[int]] | None, int]:
         return [stream.result().token_ids for stream in streams]
 
     return llm.serve(main), llm.cache.free_slots
+
+
+def conversation(folder: Path, prefix_bytes: int) -> tuple[list[list[int]], int, int]:
+    """The answers of three turns, and hits and tokens saved on the way."""
+    llm = load(folder, prefix_device_bytes=prefix_bytes, prefix_host_bytes=prefix_bytes, prefix_interval=8)
+    history, answers = list(range(1, 20)), []
+    for turn in range(3):
+        answer = llm.generate([history], SamplingParams(max_new_tokens=6, ignore_eos=True))[0].token_ids
+        answers.append(answer)
+        history = [*history, *answer, 40 + turn]
+    return answers, llm.prefixes.counters.hits, llm.prefixes.counters.tokens_saved

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_dist.generation import Run
+from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.requests import Request
 from ssm_dist.sampling.params import SamplingParams
 from tests.engine.exact import HYBRID, PURE, exact_continuation, exact_engine
@@ -64,7 +65,7 @@ def drive(run: Run, arrivals: list[Arrival]) -> tuple[dict[int, list[int]], dict
 @given(ARRIVALS, st.integers(1, 4), st.integers(1, 20), st.booleans())
 def test_every_request_ends_with_the_tokens_it_has_alone(arrivals, slots, chunk_tokens, paged):
     engine = exact_engine(HYBRID if paged else PURE, slots, 64)
-    tokens, reasons = drive(Run(engine, None, (), chunk_tokens), arrivals)
+    tokens, reasons = drive(Run(engine, PrefixCache(engine.cache), None, (), chunk_tokens), arrivals)
     for index, a in enumerate(arrivals):
         alone = exact_continuation(a.prompt, a.new, paged=paged)
         if a.cancelled_at is None:
@@ -78,7 +79,7 @@ def test_every_request_ends_with_the_tokens_it_has_alone(arrivals, slots, chunk_
 
 def test_thousands_of_requests_leave_nothing_behind():
     engine = exact_engine(HYBRID, 8, 256)
-    run = Run(engine, None, (), 64)
+    run = Run(engine, PrefixCache(engine.cache), None, (), 64)
     ended = 0
     for index in range(2000):
         prompt = [index % 23] * (1 + index * 7 % 30)
@@ -96,7 +97,7 @@ def test_thousands_of_requests_leave_nothing_behind():
 
 def test_between_two_tokens_of_a_running_request_lies_at_most_one_chunk():
     engine = exact_engine(PURE, 6, 1)
-    run = Run(engine, None, (), 8)
+    run = Run(engine, PrefixCache(engine.cache), None, (), 8)
     run.add(Request(0, None, [1], SamplingParams(max_new_tokens=30)))
     work, since = [], 0
     for index in range(1, 60):

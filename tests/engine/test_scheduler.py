@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_dist.models.batch import StateShapes
+from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.scheduler import Scheduler, Sequence
 from ssm_dist.state_cache import StateCache
@@ -17,7 +18,7 @@ def make(slots: int, chunk_tokens: int) -> Scheduler:
         SHAPES, max_sequences=slots, max_tokens=1, dtype=torch.float32, state_dtype=torch.float32,
         device=torch.device("cpu"),
     )  # fmt: skip
-    return Scheduler(cache, chunk_tokens)
+    return Scheduler(PrefixCache(cache), chunk_tokens)
 
 
 def drive(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[tuple[int, int, int]]]:
