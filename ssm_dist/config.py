@@ -145,6 +145,26 @@ class OutputConfig(Section):
     """Write the results here as JSONL, one line a prompt in the order of the prompts."""
 
 
+class BenchmarkConfig(Section):
+    batches: tuple[int, ...] = ()
+    """Sequences that run together, one case each; naming any turns the job into a benchmark."""
+
+    prompt_tokens: tuple[int, ...] = (2048,)
+    """Lengths of the prompts, of random tokens; every batch is run with each."""
+
+    new_tokens: int = Field(128, strict=True, ge=2)
+    """Tokens generated after each prompt."""
+
+    repeats: int = Field(3, strict=True, ge=1)
+    """Measured runs of a case; medians are reported."""
+
+    warmup: int = Field(1, strict=True, ge=0)
+    """Runs of a case before those."""
+
+    folder: Path | None = None
+    """Write report.json and report.md here."""
+
+
 class Config(Section):
     """Everything that a job needs to know."""
 
@@ -171,6 +191,9 @@ class Config(Section):
 
     generation: GenerationConfig = GenerationConfig()
     """What is generated, and how tokens are chosen."""
+
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """A grid of cases to time, in place of prompts to answer."""
 
     output: OutputConfig = OutputConfig()
     """Where results go, besides the terminal."""

@@ -1,8 +1,8 @@
 """Subcommands, one module each, imported when it is called.
 
 Module `ssm_dist.commands.NAME` has `run(config) -> None`. A command with options of its own has a subclass of
-`Config` as its schema, with one more section, whose keys are then flags and TOML keys like all others. A command
-that runs no model has no schema: its module has `run(words) -> None` and reads its words itself.
+`Config` as its schema, with one more section, whose keys are then flags and TOML keys like all others. A
+command that runs no model has no schema: its module has `run(words) -> None` and reads its words itself.
 """
 
 from dataclasses import dataclass

@@ -10,6 +10,7 @@ from typing import TextIO
 
 from rich.console import Console
 
+from ssm_dist.commands import benchmark
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, TokenEvent
@@ -20,7 +21,10 @@ from ssm_dist.sampling.params import SamplingParams
 
 
 def run(config: Config) -> None:
-    """Answer the configuration's prompts. Every rank runs this; rank 0 speaks."""
+    """Answer the configuration's prompts, or time its benchmark. Every rank runs this; rank 0 speaks."""
+    if config.benchmark.batches:
+        benchmark.run(config)
+        return
     options = config.generation
     if not options.prompts and options.prompts_file is None:
         raise UserError("there is nothing to do: set generation.prompts or generation.prompts_file")
