@@ -69,14 +69,19 @@ def random_model(name: str) -> PreTrainedModel:
     config_class, model_class = _CLASSES[model_type]
     with torch.random.fork_rng():
         torch.manual_seed(sum(name.encode()))
-        model = model_class(config_class(**sizes)).eval()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
-                parameter.add_(torch.randn_like(parameter) * fan_in**-0.5)
-            if model_type == "zamba":
-                _share_the_transformer(model)
+        model = randomised(model_class(config_class(**sizes)))
+        if model_type == "zamba":
+            _share_the_transformer(model)
     return model
+
+
+def randomised(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with noise on every parameter, drawn from the global generator."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            fan_in = parameter[0].numel() if parameter.dim() > 1 else 4
+            parameter.add_(torch.randn_like(parameter) * fan_in**-0.5)
+    return model.eval()
 
 
 def trained_model(folder: Path) -> PreTrainedModel:

@@ -1,5 +1,6 @@
 """Floor 2: the mesh, the styles, the plans and the reductions. Knows modules by their path only."""
 
+from ssm_dist.parallel.checking import check_plan
 from ssm_dist.parallel.collectives import Reductions, Wire
 from ssm_dist.parallel.foreign import shard_module
 from ssm_dist.parallel.foreign_styles import (
@@ -68,6 +69,7 @@ __all__ = [
     "Wire",
     "WithinHeads",
     "apply_plan",
+    "check_plan",
     "localise",
     "plan_for",
     "resolve_plan",
