@@ -6,8 +6,8 @@ token a sequence, which is prefill alone, and once for all G. With T_1 and T_G t
     prefill tokens/s = B P / T_1     ms a decode step = (T_G - T_1) / (G - 1)     output tokens/s = B G / T_G
 
 The floor of a decode step is the time to read this rank's weights once and its states twice (in and out) at
-the copy bandwidth measured at the start. Prefill does 2 FLOP a token for every weight (vectors, the embedding and
-the head apart); a shared block counts once a call.
+the copy bandwidth measured at the start. Prefill does 2 FLOP a token for every weight (vectors, embedding and
+head apart); a shared block counts once a call.
 """
 
 from __future__ import annotations
