@@ -184,7 +184,7 @@ class Headwise(Adjusted):
 
 
 @dataclass(frozen=True)
-class PaddedVocabEmbedding(VocabParallelEmbedding, ForeignStyle):
+class PaddedVocabEmbedding(ForeignStyle, VocabParallelEmbedding):
     """`VocabParallelEmbedding` for tokens of any shape, filling its rows up to a multiple of the degree."""
 
     def splits(self, module: nn.Module) -> dict[str, Along]:
@@ -197,11 +197,12 @@ class PaddedVocabEmbedding(VocabParallelEmbedding, ForeignStyle):
 
 
 @dataclass(frozen=True)
-class PaddedVocabHead(VocabParallelHead, ForeignStyle):
+class PaddedVocabHead(ForeignStyle, VocabParallelHead):
     """`VocabParallelHead` for inputs (..., d_model), filling its rows up to a multiple of the degree."""
 
     def splits(self, module: nn.Module) -> dict[str, Along]:
-        return {"weight": PaddedRows(0)}
+        held = [name for name in ("weight", "bias") if module._parameters.get(name) is not None]
+        return dict.fromkeys(held, PaddedRows(0))
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         vocabulary = module.out_features
