@@ -52,12 +52,15 @@ def _run(words: list[str]) -> None:
         print(f"ssm-dist {__version__}")
         return
     name = words.pop(0) if words and not words[0].startswith("-") else "generate"
+    if words and f"{name} {words[0]}" in COMMANDS:
+        name = f"{name} {words.pop(0)}"
     if name not in COMMANDS:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"there is no command {name}; the nearest is {nearest} (see ssm-dist --help)")
     command = COMMANDS[name]
+    module, _, action = name.partition(" ")
     if command.schema is None:
-        importlib.import_module(f"ssm_dist.commands.{name}").run(words)
+        importlib.import_module(f"ssm_dist.commands.{module}").run(words)
         return
     try:
         flags = read_flags(command.schema, words, prog=f"ssm-dist {name}", description=_describe(name))
@@ -66,12 +69,12 @@ def _run(words: list[str]) -> None:
     config = build_config(flags.pop("config", None), flags, command.schema)
     speaks = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(level=logging.INFO if speaks else logging.ERROR, format="%(message)s")
-    importlib.import_module(f"ssm_dist.commands.{name}").run(config)
+    getattr(importlib.import_module(f"ssm_dist.commands.{module}"), action or "run")(config)
     _close_ranks()
 
 
 def _describe(name: str) -> str:
-    commands = "\n".join(f"  {known:10}{command.summary}" for known, command in COMMANDS.items())
+    commands = "\n".join(f"  {known:15}{command.summary}" for known, command in COMMANDS.items())
     return f"{COMMANDS[name].summary}\n\nCommands, given as the first word:\n{commands}"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,10 +20,22 @@ from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes
-from ssm_dist.prefix_cache import PrefixCache, PrefixLimits, chunk_grid
-from ssm_dist.requests import Prompt, Request, parse_line, prepare
+from ssm_dist.prefix_cache import PrefixCache
+from ssm_dist.prefix_limits import prefix_limits
+from ssm_dist.requests import (
+    Prompt,
+    Request,
+    appended,
+    as_list,
+    or_error,
+    parse_line,
+    prepare,
+    request_fields,
+    request_of,
+)
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.sampling.sampler import Sampler
+from ssm_dist.saved_states import SavedState, load_state, save_state
 from ssm_dist.score import Score, score_tokens
 from ssm_dist.session import Session, follow
 from ssm_dist.state_cache import StateCache, slot_bytes
@@ -56,7 +67,7 @@ class LLM:
             device=loaded.device,
             snapshots=asked.prefix_device_bytes // slot,
         )
-        self.prefixes = PrefixCache(self.cache, _limits(config))
+        self.prefixes = PrefixCache(self.cache, prefix_limits(config))
         vocab_size = loaded.config.vocab_size
         sampler = Sampler(config.cache.max_sequences, vocab_size, loaded.device)
         self.engine = Engine(self.model, self.cache, sampler, vocab_size)
@@ -78,7 +89,7 @@ class LLM:
     @classmethod
     def from_config(cls, config: Config) -> Self:
         """Load what a configuration names; see `load_model` for the errors."""
-        _limits(config)  # before minutes of loading
+        prefix_limits(config)  # before minutes of loading
         return cls(load_model(config), config)
 
     @classmethod
@@ -97,13 +108,19 @@ class LLM:
         )
 
     def generate(
-        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
+        self,
+        prompts: Prompt | list[Prompt],
+        params: SamplingParams | list[SamplingParams] | None = None,
+        *,
+        after: SavedState | None = None,
     ) -> list[Completion]:
         """Answer all prompts; the completions are in their order.
 
-        params: one for all, or one a prompt. Raises `UserError` for the first prompt that cannot run, before
-        any of them does.
+        params: one for all, or one a prompt. after: a state (`load_state`) that every prompt continues, with
+        "" for nothing more. Raises `UserError` for the first prompt that cannot run, before any of them does.
         """
+        if after is not None:
+            prompts = list[Prompt](appended(after.token_ids, p, self.tokenizer) for p in as_list(prompts))
         requests = self._strict(prompts, params)
         collector = Collector(requests, with_text=self.tokenizer is not None)
         for event in self.run(requests):
@@ -157,6 +174,30 @@ class LLM:
             for request in requests
         ]
 
+    def save_state(self, file: str | Path, prompt: Prompt) -> SavedState:
+        """Write the state after a prompt, for `load_state` under any degree; ranks call it alike.
+
+        A conversation is saved by its token ids: completion.prompt_token_ids + completion.token_ids.
+        Raises `UserError` when the file cannot be written, or as `generate`.
+        """
+        (request,) = self._strict([prompt], SamplingParams(max_new_tokens=1))
+        return save_state(
+            self.loaded, self.engine, self.prefixes, request.token_ids, Path(file),
+            self.config.prefill.chunk_tokens,
+        )  # fmt: skip
+
+    def load_state(self, file: str | Path) -> SavedState:
+        """Hold a saved state: prompts that begin with its tokens resume from it. Ranks call it alike.
+
+        It stays in host memory until `forget_state`. Raises `UserError` for a damaged file, or one of another
+        model or dtype.
+        """
+        return load_state(self.loaded, self.prefixes, Path(file))
+
+    def forget_state(self, state: SavedState) -> None:
+        """Let go of a state that `load_state` returned."""
+        self.prefixes.remove(state.token_ids[:-1])
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model as a Hugging Face folder that transformers loads; ranks call it alike.
 
@@ -179,7 +220,7 @@ class LLM:
         def one(index: int, line: str) -> Request:
             return self._prepare(*parse_line(line, base), index)
 
-        return self._from_rank_0(lambda: [_or_error(one, index, line) for index, line in enumerate(lines)])
+        return self._from_rank_0(lambda: [or_error(one, index, line) for index, line in enumerate(lines)])
 
     def prepare(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
         """Requests of prompts; one that cannot run carries its `error`."""
@@ -188,7 +229,7 @@ class LLM:
             return self._prepare(*item, index)
 
         pairs = zip(prompts, params, strict=True)
-        return self._from_rank_0(lambda: [_or_error(one, index, item) for index, item in enumerate(pairs)])
+        return self._from_rank_0(lambda: [or_error(one, index, item) for index, item in enumerate(pairs)])
 
     def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike."""
@@ -206,7 +247,7 @@ class LLM:
     def _strict(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None
     ) -> list[Request]:
-        listed = _as_list(prompts)
+        listed = as_list(prompts)
         each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
         if len(each) != len(listed):
             raise UserError(
@@ -233,38 +274,6 @@ class LLM:
         tp = self.loaded.tp
         if tp is None:
             return make()
-        fields = [asdict(r) | {"params": r.params.model_dump()} for r in make()] if tp.rank == 0 else []
+        fields = [request_fields(request) for request in make()] if tp.rank == 0 else []
         data = broadcast_bytes(json.dumps(fields).encode(), tp.group, self.loaded.device)
-        return [
-            Request(**f | {"params": SamplingParams.model_validate(f["params"])}) for f in json.loads(data)
-        ]
-
-
-def _limits(config: Config) -> PrefixLimits | None:
-    """None where no level has a budget. Raises `UserError` for settings that do not go together."""
-    asked = config.cache
-    if asked.prefix_folder is not None and not asked.prefix_folder.is_dir():
-        raise UserError(f"[cache] prefix_folder: there is no folder {asked.prefix_folder}")
-    if (asked.prefix_folder is None) != (asked.prefix_folder_bytes == 0):
-        raise UserError("[cache] prefix_folder and prefix_folder_bytes go together: set both, or neither")
-    if not (asked.prefix_device_bytes or asked.prefix_host_bytes or asked.prefix_folder_bytes):
-        return None
-    chunk_grid(asked.prefix_interval, config.prefill.chunk_tokens)
-    return PrefixLimits(
-        asked.prefix_interval, asked.prefix_host_bytes, asked.prefix_folder, asked.prefix_folder_bytes
-    )
-
-
-def _as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
-    """A single prompt, token ids included, as a list of one."""
-    if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _or_error(make: Any, index: int, item: Any) -> Request:
-    """make(index, item), or a request that carries the reason why it cannot run."""
-    try:
-        return make(index, item)
-    except UserError as error:
-        return Request(index, None, [], SamplingParams(), error=str(error))
+        return [request_of(f) for f in json.loads(data)]

@@ -9,38 +9,16 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ssm_dist.errors import UserError
 from ssm_dist.prefix_index import PrefixIndex
+from ssm_dist.prefix_limits import PrefixCounters, PrefixLimits
 from ssm_dist.snapshots import Snapshot, Tier
 from ssm_dist.state_cache import PAGE_TOKENS, HostState, StateCache, pages_of
-
-
-@dataclass(frozen=True)
-class PrefixLimits:
-    """How many snapshots are taken and kept, on each rank."""
-
-    interval: int
-    """Tokens between two snapshots of a prompt."""
-    host_bytes: int = 0
-    folder: Path | None = None
-    folder_bytes: int = 0
-
-
-@dataclass
-class PrefixCounters:
-    """What reuse has brought so far."""
-
-    hits: int = 0
-    misses: int = 0
-    tokens_saved: int = 0
-    """Prompt tokens that were not computed again."""
-    snapshots: int = 0
-    """Taken in all."""
 
 
 class PrefixCache:
@@ -211,7 +189,7 @@ class PrefixCache:
         state.wait()
         try:
             save_file({"conv": state.conv, "ssm": state.ssm, "kv": state.kv}, snapshot.file)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"[cache] prefix_folder: cannot write {snapshot.file}: {error}") from None
         self._files.add(snapshot, size)
 
@@ -239,18 +217,3 @@ class PrefixCache:
     def _free_pages(self, count: int) -> None:
         while self.cache.pool.free < count:
             self._leave_device(self._device.oldest(self._protected))
-
-
-def chunk_grid(interval: int, chunk_tokens: int) -> int:
-    """Places at whose multiples chunks of prompts end, so that a snapshot's place is always such an end.
-
-    With it, the chunks of a prompt are the same whether it starts from a snapshot or not, and whatever runs
-    beside it. Raises `UserError` when the interval and the chunk do not go together.
-    """
-    grid = min(interval, chunk_tokens)
-    if interval % grid:
-        raise UserError(
-            f"[cache] prefix_interval = {interval} must be a multiple of [prefill] chunk_tokens = "
-            f"{chunk_tokens}, or at most as large"
-        )
-    return grid

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
@@ -15,6 +16,8 @@ from ssm_dist.text import Tokenizer
 
 Prompt = str | list[int] | dict[str, Any]
 """A text, token ids, or {"messages": [{"role": ..., "content": ...}, ...]} for the chat template."""
+
+Item = TypeVar("Item")
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
@@ -54,6 +57,44 @@ def prepare(
     if params.stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this model has none; use max_new_tokens")
     return Request(index, text, token_ids, params)
+
+
+def request_fields(request: Request) -> dict[str, Any]:
+    """A request as plain data."""
+    return asdict(request) | {"params": request.params.model_dump()}
+
+
+def request_of(fields: dict[str, Any]) -> Request:
+    """The request that `request_fields` made plain."""
+    return Request(**fields | {"params": SamplingParams.model_validate(fields["params"])})
+
+
+def as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
+    """A single prompt, token ids included, as a list of one."""
+    if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]
+    return list(prompts)  # type: ignore[arg-type]
+
+
+def or_error(make: Callable[[int, Item], Request], index: int, item: Item) -> Request:
+    """make(index, item), or a request that carries the reason why it cannot run."""
+    try:
+        return make(index, item)
+    except UserError as error:
+        return Request(index, None, [], SamplingParams(), error=str(error))
+
+
+def appended(history: list[int], prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:
+    """Token ids of a history and a prompt after it; text is taken as it is, without special tokens.
+
+    Raises `UserError` for a prompt of another kind.
+    """
+    if isinstance(prompt, dict):
+        raise UserError("a prompt after a state is text or token ids; apply the chat template first")
+    if isinstance(prompt, list):
+        return history + prompt
+    more = _need(tokenizer, "a text prompt").encode(prompt, add_special_tokens=False) if prompt else []
+    return history + more
 
 
 def parse_line(line: str, base: SamplingParams) -> tuple[Prompt, SamplingParams]:

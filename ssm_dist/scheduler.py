@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass, field
 
-from ssm_dist.prefix_cache import PrefixCache, chunk_grid
+from ssm_dist.prefix_cache import PrefixCache
+from ssm_dist.prefix_limits import chunk_grid
 from ssm_dist.sampling.params import SamplingParams
 
 

@@ -10,7 +10,7 @@ import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
-from ssm_dist.requests import Prompt, Request
+from ssm_dist.requests import Prompt, Request, request_fields, request_of
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.scheduler import Step
 
@@ -232,18 +232,14 @@ def apply_news(run: Run, news: News) -> list[TokenEvent]:
 
 def encode(news: News, step: Step | None) -> bytes:
     """News, and the step that follows, as JSON."""
-    arrivals = [asdict(r) | {"params": r.params.model_dump()} for r in news.arrivals]
+    arrivals = [request_fields(request) for request in news.arrivals]
     plan = {"arrivals": arrivals, "cancelled": news.cancelled, "closed": news.closed, "step": describe(step)}
     return json.dumps(plan).encode()
 
 
 def decode_news(plan: dict[str, Any]) -> News:
     """The news of an encoded plan."""
-    arrivals = [
-        Request(**fields | {"params": SamplingParams.model_validate(fields["params"])})
-        for fields in plan["arrivals"]
-    ]
-    return News(arrivals, plan["cancelled"], plan["closed"])
+    return News([request_of(fields) for fields in plan["arrivals"]], plan["cancelled"], plan["closed"])
 
 
 def describe(step: Step | None) -> list[Any] | None:

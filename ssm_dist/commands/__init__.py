@@ -1,13 +1,19 @@
 """Subcommands, one module each, imported when it is called.
 
-Module `ssm_dist.commands.NAME` has `run(config) -> None`. A command with options of its own has a subclass of
-`Config` as its schema, with one more section, whose keys are then flags and TOML keys like all others. A
-command that runs no model has no schema: its module has `run(words) -> None` and reads its words itself.
+Module `ssm_dist.commands.NAME` has `run(config) -> None`; for "NAME ACTION" it has `ACTION(config)`. A
+command with options of its own has a subclass of `Config` as its schema, with one more section, whose keys
+are then flags and TOML keys like all others. A command that runs no model has no schema: its module has
+`run(words) -> None` and reads its words itself.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from ssm_dist.config import Config
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import model_validator
+
+from ssm_dist.config import Config, ModelConfig, Section
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,39 @@ class Command:
     schema: type[Config] | None = Config
 
 
+class StateConfig(Section):
+    file: Path | None = None
+    """The file of the state."""
+
+
+class StateJob(Config):
+    """A job with a file of a saved state."""
+
+    state: StateConfig = StateConfig()
+    """The saved state."""
+
+
+class AnyModel(ModelConfig):
+    """No model need be named."""
+
+    @model_validator(mode="after")
+    def _names_one_model(self) -> AnyModel:
+        return self
+
+
+class InspectJob(StateJob):
+    """A job that needs no model."""
+
+    model: AnyModel = AnyModel()
+    """Not needed."""
+
+
 COMMANDS = {
     "generate": Command("Continue prompts, and stream the text. The default, when no command is named."),
     "kernels": Command("Time every op against its floor, its definition and its peers.", schema=None),
     "plan": Command("Print how each parameter is placed and what a layer reduces, without any weights."),
     "score": Command("Log-probability of every token, and perplexity, of the texts given as prompts."),
+    "state inspect": Command("Say what a file of a saved state holds; loads no model.", InspectJob),
+    "state resume": Command("Continue from state.file, with each of the prompts or with nothing.", StateJob),
+    "state save": Command("Write the state after the prompt to state.file.", StateJob),
 }

@@ -43,3 +43,26 @@ def conversation(folder: Path, prefix_bytes: int) -> tuple[list[list[int]], int,
         answers.append(answer)
         history = [*history, *answer, 40 + turn]
     return answers, llm.prefixes.counters.hits, llm.prefixes.counters.tokens_saved
+
+
+HISTORY = [(7 * i) % 90 for i in range(41)]
+
+
+def save(folder: Path, file: Path) -> list[int]:
+    """Save the state after `HISTORY`, and continue it without the file."""
+    llm = load(folder)
+    llm.save_state(file, HISTORY)
+    return llm.generate([HISTORY], SamplingParams(max_new_tokens=9, ignore_eos=True))[0].token_ids
+
+
+def resume(folder: Path, file: Path) -> tuple[list[int], int]:
+    """Continue a file's state; and the tokens that were not computed again."""
+    llm = load(folder)
+    state = llm.load_state(file)
+    params = SamplingParams(max_new_tokens=9, ignore_eos=True)
+    tokens = llm.generate("", params, after=state)[0].token_ids
+    saved = llm.prefixes.counters.tokens_saved
+    llm.forget_state(state)
+    assert llm.generate("", params, after=state)[0].token_ids == tokens
+    assert llm.prefixes.counters.tokens_saved == saved and llm.cache.free_slots == 3
+    return tokens, saved

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ssm_dist import LLM, SamplingParams, UserError
 from ssm_dist.engine import Engine
 from ssm_dist.generation import Run
-from ssm_dist.prefix_cache import PrefixCache, PrefixLimits
+from ssm_dist.prefix_cache import PrefixCache
+from ssm_dist.prefix_limits import PrefixLimits
 from ssm_dist.requests import Request
 from tests.engine.checkpoints import save_checkpoint
 from tests.engine.exact import HYBRID, PURE, VOCAB, exact_continuation, exact_engine
