@@ -21,7 +21,7 @@ A NaN or infinite dt x spoils up to three tokens before it, of the same channel 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ssm_dist.kernels.triton_scan import log1p_coefficient
+from ssm_dist.kernels.triton_common import log1p_coefficient
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
@@ -43,7 +43,7 @@ def _exp2_coefficient(k):
 
 @gluon.jit
 def _softplus(v):
-    """That of `triton_scan`."""
+    """That of `triton_common`."""
     e = gl.exp2(gl.abs(v) * -LOG2_E)
     p = gl.zeros_like(e)
     for k in gl.static_range(8):

@@ -6,6 +6,7 @@ from triton.language.extra import libdevice
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """The interpreter knows no libdevice."""
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -70,21 +71,26 @@ def silu(v):
     return result
 
 
+@triton.constexpr_function
+def log1p_coefficient(k):
+    """Polynomial of log(1 + e) / e on [0, 1], 2.2e-7 off at most and exact at 0; highest of 8 powers first.
+
+    Small steps are the usual ones: an error at e = 0 would add up over a sequence.
+    """
+    return (
+        -0.008778955783013458, 0.04498664359475674, -0.10902291350030421, 0.17847208472298726,
+        -0.24536866274641353, 0.33284063834581906, -0.4999818035079142, 1.0,
+    )[k]  # fmt: skip
+
+
 @triton.jit
 def softplus(v):
-    """log(1 + exp(v)) to float32 rounding, also where exp(v) is far below 1.
+    """log(1 + exp(v)) to 4e-7, also where exp(v) is far below 1, with a single special-function operation.
 
-    max(v, 0) + log1p(e), e = exp(-|v|), by the series log1p(e) = 2 artanh(e / (2 + e)); the argument is at
-    most 1/3, so that eight terms leave an error below 1e-9.
+    It is max(v, 0) + log(1 + e), e = exp(-|v|). On a GPU, e adds the rounding of its argument: 4e-6 at -60.
     """
-    e = tl.exp(-tl.abs(v))
-    r = e / (2.0 + e)
-    q = r * r
-    series = 1.0 / 15.0
-    series = series * q + 1.0 / 13.0
-    series = series * q + 1.0 / 11.0
-    series = series * q + 1.0 / 9.0
-    series = series * q + 1.0 / 7.0
-    series = series * q + 1.0 / 5.0
-    series = series * q + 1.0 / 3.0
-    return tl.maximum(v, 0.0) + 2.0 * r * (series * q + 1.0)
+    e = tl.exp(-tl.abs(v)) if INTERPRETED else libdevice.exp2(tl.abs(v) * -LOG2_E)
+    p = tl.zeros_like(e)
+    for k in tl.static_range(8):
+        p = tl.fma(e, p, log1p_coefficient(k))
+    return tl.fma(e, p, tl.maximum(v, 0.0))

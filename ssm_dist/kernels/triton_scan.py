@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend
-from ssm_dist.kernels.triton_common import chunk_of_program, exp2, only_if, silu
+from ssm_dist.kernels.triton_common import LOG2_E, chunk_of_program, exp2, only_if, silu, softplus
 
 BLOCK = 32
 """Channels a program: one warp, so that few channels still spread over all multiprocessors."""
@@ -30,30 +30,6 @@ FULL = 1056
 """Programs that fill a large GPU: 132 multiprocessors, 8 warps each."""
 SHORTEST = 64
 """Tokens under which a chunk costs more in folding states than it gains."""
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.constexpr_function
-def log1p_coefficient(k):
-    """Polynomial of log(1 + e) / e on [0, 1] with least relative error, 2e-7; highest of 8 powers first."""
-    return (
-        -0.00853920727968216, 0.04408963397145271, -0.10768172889947891, 0.1774524301290512,
-        -0.2449546456336975, 0.33275479078292847, -0.4999740421772003, 0.9999998211860657,
-    )[k]  # fmt: skip
-
-
-@triton.jit
-def _softplus(v):
-    """log(1 + exp(v)) to 3e-7, also where exp(v) is far below 1, with a single special-function operation.
-
-    It is max(v, 0) + log(1 + e), e = exp(-|v|).
-    """
-    e = exp2(tl.abs(v) * -LOG2_E)
-    p = tl.zeros_like(e)
-    for k in tl.static_range(8):
-        p = tl.fma(e, p, log1p_coefficient(k))
-    return tl.fma(e, p, tl.maximum(v, 0.0))
 
 
 @triton.jit
@@ -131,7 +107,7 @@ def _scan_kernel(
     passed = tl.zeros([BLOCK], tl.float32)
     for left in range(end - begin, 0, -1):
         u = x_next.to(tl.float32)
-        step = _softplus(dt_next.to(tl.float32) + bias)
+        step = softplus(dt_next.to(tl.float32) + bias)
         gate = z_next.to(tl.float32)
         B_now = B_next + _row(B + HELD, N - HELD)
         C_now = C_next + _row(C + HELD, N - HELD)

@@ -1,7 +1,12 @@
-"""Compiles the Triton kernels for a GPU that need not be there, and prints their resources as JSON.
+"""Compiles the Triton and Gluon kernels for GPUs that need not be there.
 
-Run as a program, without TRITON_INTERPRET: `test_ahead_of_time.py` does, since a process either interprets or
-compiles.
+Run as a program, without TRITON_INTERPRET, since a process either interprets or compiles:
+
+    python -m tests.kernels.ahead_of_time         registers and stack of all KERNELS, a line of JSON each
+    python -m tests.kernels.ahead_of_time ptx     for each line of JSON on the input, {"kernel": of KERNELS,
+                                                  "given": ..., "unaligned": [...]}, its PTX as JSON
+    python -m tests.kernels.ahead_of_time loop gluon ...
+                                                  machine instructions of these kernels' longest loops
 """
 
 import json
@@ -9,18 +14,29 @@ import re
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from ssm_dist.kernels import triton_attention, triton_conv, triton_norm, triton_update, tuning
+from ssm_dist.kernels import (
+    gluon_scan,
+    triton_attention,
+    triton_conv,
+    triton_norm,
+    triton_scan,
+    triton_update,
+    tuning,
+)
 
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
               "value_pages"],
-    "*fp32": ["A_log", "D", "dt_bias", "residual", "total", "sums", "tops", "totals"],
+    "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals"],
     "*i32": ["seq_offsets", "slots", "pages"],
     "*i64": ["positions"],
 }  # fmt: skip
@@ -34,56 +50,138 @@ ROWS = {"ROWS": 4, "BLOCK": 256, "eps": "fp32"}
 HEAD = {"BLOCK": 512, "BLOCK_S": 32, "scale": "fp32", "num_warps": 2}
 PARTS = {"PARTS": 64, "BLOCK_N": 8, "num_warps": 1}
 JOIN = {"PARTS": 64, "BLOCK": 128, "BLOCK_P": 32}
+SCAN = {
+    "N": 16, "BLOCK": triton_scan.BLOCK, "CHUNK": 0, "BLOCK_S": 1, "SUMMARY": False, "state": "*fp32",
+    "num_warps": 1,
+}  # fmt: skip
+GLUON = {
+    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "CHUNKED": False, "SECOND": False, "state": "*fp32",
+    "num_warps": 4,
+}  # fmt: skip
+CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
 
-KERNELS: dict[str, tuple[Any, dict[str, Any], str]] = {
-    "causal_conv": (triton_conv._conv_kernel, CONV, "causal_conv"),
-    "causal_conv_update": (triton_conv._conv_update_kernel, CONV, "causal_conv_update"),
-    "selective_state_update": (triton_update._state_update_kernel, UPDATE, "selective_state_update"),
-    "add_rms_norm": (triton_norm._add_rms_norm_kernel, NORM, "add_rms_norm"),
-    "rms_normalize": (triton_norm._rms_normalize_kernel, ROWS, ""),
-    "attention in chunks": (triton_attention._chunk_kernel, {**HEAD, "PRECISION": "tf32"}, "paged_attention"),
-    "attention in parts": (triton_attention._part_kernel, {**HEAD, **PARTS}, ""),
-    "attention joined": (triton_attention._join_kernel, JOIN, ""),
-    "attention stored": (triton_attention._store_kernel, HEAD, ""),
+
+class Case(NamedTuple):
+    """A kernel to compile."""
+
+    kernel: Any
+    given: dict[str, Any]
+    """Constants, types of parameters that are not as in POINTERS, and num_warps or num_stages."""
+    op: str = ""
+    """Whose rows of the tuning table to take the rest from."""
+    architectures: tuple[int, ...] = (90, 80)
+
+
+KERNELS: dict[str, Case] = {
+    "causal_conv": Case(triton_conv._conv_kernel, CONV, "causal_conv"),
+    "causal_conv_update": Case(triton_conv._conv_update_kernel, CONV, "causal_conv_update"),
+    "selective_state_update": Case(triton_update._state_update_kernel, UPDATE, "selective_state_update"),
+    "add_rms_norm": Case(triton_norm._add_rms_norm_kernel, NORM, "add_rms_norm"),
+    "rms_normalize": Case(triton_norm._rms_normalize_kernel, ROWS),
+    "attention in chunks": Case(
+        triton_attention._chunk_kernel, {**HEAD, "PRECISION": "tf32"}, "paged_attention"
+    ),
+    "attention in parts": Case(triton_attention._part_kernel, {**HEAD, **PARTS}),
+    "attention joined": Case(triton_attention._join_kernel, JOIN),
+    "attention stored": Case(triton_attention._store_kernel, HEAD),
+    "scan": Case(triton_scan._scan_kernel, SCAN),
+    "scan, summary": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512, "SUMMARY": True}, "", (90,)),
+    "scan, chunk": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512}, "", (90,)),
+    "scan, 32 states": Case(triton_scan._scan_kernel, {**SCAN, "N": 32}, "", (90,)),
+    "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
+    "gluon, two ahead": Case(gluon_scan.scan_kernel, {**GLUON, "DEPTH": 2}, "", (90,)),
+    "gluon, no polynomial": Case(gluon_scan.scan_kernel, {**GLUON, "EXTRA": 0}, "", (90,)),
+    "gluon, first pass": Case(gluon_scan.scan_kernel, CHUNKED, "", (90,)),
+    "gluon, second pass": Case(gluon_scan.scan_kernel, {**CHUNKED, "SECOND": True}, "", (90,)),
+    "gluon, 32 states": Case(gluon_scan.scan_kernel, {**GLUON, "N": 32}, "", (90,)),
+    "gluon, 64 states": Case(gluon_scan.scan_kernel, {**GLUON, "N": 64}, "", (90,)),
 }
-"""Kernel, constants and unusual types, and the rows of the tuning table to take the rest from."""
 
 
-def resources(kernel: Any, given: dict[str, Any], architecture: int) -> dict[str, int]:
-    """Registers and bytes of stack (spills) a thread, at sizes and addresses divisible by 16."""
-    options = {k: given[k] for k in ("num_warps", "num_stages") if k in given}
+def compiled(
+    kernel: Any, given: dict[str, Any], architecture: int, unaligned: tuple[str, ...] = ()
+) -> CompiledKernel:
+    """As the JIT compiles it for sizes and addresses that divide by 16, but for the unaligned ones."""
+    options: dict[str, Any] = {"enable_fp_fusion": True}
+    options |= {k: given[k] for k in ("num_warps", "num_stages") if k in given}
     types = {p.name: given.get(p.name, TYPES.get(p.name, "i32")) for p in kernel.params}
     constants = {(p.num,): given[p.name] for p in kernel.params if p.is_constexpr}
-    aligned = [p.num for p in kernel.params if not p.is_constexpr and types[p.name] != "fp32"]
-    source = ASTSource(
+    aligned = [
+        p.num
+        for p in kernel.params
+        if not (p.is_constexpr or p.do_not_specialize or types[p.name] == "fp32" or p.name in unaligned)
+    ]
+    source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         fn=kernel,
         signature={p.name: "constexpr" if p.is_constexpr else types[p.name] for p in kernel.params},
         constexprs=constants,
         attrs={(n,): [["tt.divisibility", 16]] for n in aligned},
     )
-    options["enable_fp_fusion"] = True
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+
+
+def _inspected(kernel: CompiledKernel, *command: str) -> str:
+    """What a tool of the CUDA toolkit says about the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(kernel.asm["cubin"])
         file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        return subprocess.run([*command, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def resources(kernel: CompiledKernel) -> dict[str, int]:
+    """Registers and bytes of stack (spills) a thread."""
+    usage = _inspected(kernel, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return {"registers": int(found[1]), "stack": int(found[2])}
 
 
-def main(architectures: list[int]) -> None:
-    """The largest configuration of every op, a line of JSON each."""
-    for name, (kernel, given, op) in KERNELS.items():
-        for architecture in architectures:
-            rows = tuning.TABLE.get(op, {architecture: [(0, {})]})
+def longest_loop(kernel: CompiledKernel) -> Counter[str]:
+    """Instructions between a branch backwards and its target, by name."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    longest: list[str] = []
+    for line in _inspected(kernel, triton.knobs.nvidia.nvdisasm.path).splitlines():
+        if label := re.match(r"(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([^;]+);", line):
+            instructions.append(found[1].split()[0])
+            back = re.search(r"BRA.*`\((\.L_\w+)\)", found[1])
+            if back and len(instructions) - labels.get(back[1], len(instructions)) > len(longest):
+                longest = instructions[labels[back[1]] :]
+    return Counter(
+        ".".join(name.split(".")[:2]) if name.startswith("MUFU") else name.split(".")[0] for name in longest
+    )
+
+
+def all_resources() -> Iterator[dict[str, Any]]:
+    """What each kernel takes in the largest configuration of its op."""
+    for name, case in KERNELS.items():
+        for architecture in case.architectures:
+            rows = tuning.TABLE.get(case.op, {architecture: [(0, {})]})
             config = next((c for limit, c in rows[architecture] if limit == 2), rows[architecture][-1][1])
-            found = resources(kernel, {**given, **config}, architecture)
-            print(json.dumps({"kernel": name, "sm": architecture, **found}), flush=True)
+            kernel = compiled(case.kernel, {**case.given, **config}, architecture)
+            yield {"kernel": name, "sm": architecture, **resources(kernel)}
+
+
+def ptx(request: dict[str, Any]) -> str:
+    """Of a kernel for its first architecture, with `given` over its own."""
+    case = KERNELS[request["kernel"]]
+    given = {**case.given, **request["given"]}
+    return compiled(case.kernel, given, case.architectures[0], tuple(request["unaligned"])).asm["ptx"]
+
+
+def main(words: list[str]) -> Iterator[Any]:
+    """A JSON document a line."""
+    if words == ["ptx"]:
+        yield from map(ptx, map(json.loads, sys.stdin))
+    elif words[:1] == ["loop"]:
+        for case in map(KERNELS.__getitem__, words[1:]):
+            yield dict(longest_loop(compiled(case.kernel, case.given, case.architectures[0])).most_common())
+    else:
+        yield from all_resources()
 
 
 if __name__ == "__main__":
-    main([int(word) for word in sys.argv[1:]])
+    for document in main(sys.argv[1:]):
+        print(json.dumps(document), flush=True)
