@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_KEEPING = {"__getitem__", "unsqueeze", "detach", "requires_grad_"}
 _PRODUCTS = {"matmul", "__matmul__"}
 
 
 class SummedProduct(Tensor):
-    """A tensor W of which W @ x is reduced, also through W[:, None]; any other use gives plain tensors."""
+    """A parameter W of which W @ x is reduced; so is the product of what is made of W, as W[:, None]."""
 
     reduce: Callable[[Tensor], Tensor]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return summed_product(self.clone(), self.reduce)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -22,14 +24,15 @@ class SummedProduct(Tensor):
         if not isinstance(result, cls):
             return result
         left = args[0] if args and isinstance(args[0], cls) else None
-        if left is not None and func.__name__ in _KEEPING:
-            result.reduce = left.reduce
-            return result
-        plain = result.as_subclass(Tensor)
-        return plain if left is None or func.__name__ not in _PRODUCTS else left.reduce(plain)
+        if left is None:
+            return result.as_subclass(Tensor)
+        if func.__name__ in _PRODUCTS:
+            return left.reduce(result.as_subclass(Tensor))
+        result.reduce = left.reduce
+        return result
 
 
-def summed_product(parameter: nn.Parameter, reduce: Callable[[Tensor], Tensor]) -> nn.Parameter:
+def summed_product(parameter: Tensor, reduce: Callable[[Tensor], Tensor]) -> nn.Parameter:
     """`parameter`, with `reduce` applied to the product whenever it stands on the left of `@`."""
     wrapped = parameter.data.as_subclass(SummedProduct)
     wrapped.reduce = reduce

@@ -1,5 +1,6 @@
 """Other people's models under our plans: their own forward and generate, the same as in one process."""
 
+import copy
 from functools import cache
 
 import pytest
@@ -167,6 +168,22 @@ def test_the_ranks_shards_put_together_are_the_whole() -> None:
     assert torch.equal(torch.cat(x + z), whole[path])
     words = torch.cat([shard.get_parameter("lm_head.weight") for shard in shards])
     assert torch.equal(words[:97], whole["lm_head.weight"]) and not words[97:].any()
+
+
+def test_a_shard_may_be_cast_and_copied_without_losing_its_sums() -> None:
+    """Zamba's x_proj_weight carries its reduction with it, also where ranks share a head."""
+    prompt, whole = torch.tensor([PROMPT]), build("zamba").double()
+    shards = [build("zamba") for _ in range(4)]
+
+    def logits(tp: TensorParallel) -> Tensor:
+        shard_module(shards[tp.rank], tp, None, CPU)
+        found: Tensor = copy.deepcopy(shards[tp.rank]).double()(prompt).logits
+        return found
+
+    with torch.inference_mode():
+        reference = whole(prompt).logits
+    for found in on_simulated_ranks(4, logits):
+        assert_close(found, reference, rtol=0, atol=1e-4)
 
 
 def test_nothing_is_left_behind_in_classes_and_configurations() -> None:
