@@ -174,13 +174,24 @@ class Headwise(Adjusted):
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         super().install(module, tp)
         heads, head_dim = _find(module, self.heads), _find(module, self.head_dim)
-        span = max(1, tp.degree // heads)
+        span = self._span(module, tp.degree)
         _set(module, self.heads, max(1, heads // tp.degree))
         _set(module, self.head_dim, head_dim // span)
         if span > 1:
             reduce = reducer(tp, self.wire, span)
             for name in self.summed:
                 module._parameters[name] = summed_product(module.get_parameter(name), reduce)
+
+    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
+        span = self._span(module, degree)
+        splits = self.splits(module)
+        wholes = {name: module.get_parameter(name).shape for name in self.summed}
+        width = sum(shape.numel() // (shape[0] * shape[splits[name].dim]) for name, shape in wholes.items())
+        return Reduction("all-reduce", width, span) if span > 1 else None
+
+    def _span(self, module: nn.Module, degree: int) -> int:
+        """Ranks that share a head."""
+        return max(1, degree // int(_find(module, self.heads)))
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from ssm_dist.parallel import (
     Plan,
     ResolvedPlan,
     TensorParallel,
+    Wire,
     apply_plan,
     check_plan,
     plan_for,
@@ -23,9 +24,11 @@ from ssm_dist.parallel import (
     shard_module,
 )
 from ssm_dist.parallel.simulated import on_simulated_ranks
+from ssm_dist.parallel.styles import Reduction
 from tests import oracle
 from tests.parallel.foreign_models import build
-from tests.parallel.foreign_on_ranks import sharded
+from tests.parallel.foreign_on_ranks import sharded, sharded_toy
+from tests.parallel.toys import Packed
 from tests.ranks import run_on_ranks
 
 PROMPT = [96, 3, 3, 50, 7, 8, 1]
@@ -186,6 +189,14 @@ def test_a_shard_may_be_cast_and_copied_without_losing_its_sums() -> None:
         assert_close(found, reference, rtol=0, atol=1e-4)
 
 
+def test_the_plan_says_what_a_forward_sends() -> None:
+    model = build("zamba")
+    sent = {degree: resolve_plan(model, plan_for(model), degree).reductions for degree in (2, 4)}
+    assert sent[4]["model.layers.0.mamba"] == Reduction("all-reduce", 3 + 2 * 8, 2)
+    assert sent[2].keys() == sent[4].keys() - {path for path in sent[4] if path.endswith(".mamba")}
+    assert sent[2]["model.layers.0.mamba.out_proj"] == Reduction("all-reduce", 40, 2)
+
+
 def test_nothing_is_left_behind_in_classes_and_configurations() -> None:
     model, later = build("zamba"), build("zamba")
     config, forward = model.config.to_dict(), type(model.model.layers[0].mamba).forward
@@ -214,3 +225,20 @@ def test_apply_plan_points_to_shard_module_where_it_cannot_help() -> None:
     with pytest.raises(UserError, match="use shard_module"):
         apply_plan(model, nobody, plan_for(model))
     assert len(resolve_plan(model, plan_for(model), 2).parameters) == len(list(model.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("in_the_plan", "for_all"),
+    [(Wire("int8", 32), Wire()), (None, Wire("int8", 32))],
+    ids=["in-the-plan", "for-all-plans"],
+)
+def test_the_sum_of_a_row_wise_linear_travels_as_it_is_told(in_the_plan: Wire | None, for_all: Wire) -> None:
+    x = torch.randn(9, 64)
+    torch.manual_seed(4)
+    with torch.inference_mode():
+        whole = Packed(pairs=False, width=64, channels=128)(x)
+    exact = run_on_ranks(2, sharded_toy, x, Wire(), for_all)[0]
+    ranks = run_on_ranks(2, sharded_toy, x, in_the_plan, for_all)
+    assert_close(exact, whole, rtol=0, atol=1e-5)
+    assert torch.equal(*ranks)
+    assert 1e-4 < (ranks[0] - whole).norm() / whole.norm() < 0.02
