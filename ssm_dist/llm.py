@@ -37,8 +37,9 @@ from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.sampling.sampler import Sampler
 from ssm_dist.saved_states import SavedState, load_state, save_state
 from ssm_dist.score import Score, score_tokens
-from ssm_dist.session import Session, follow
+from ssm_dist.session import Session
 from ssm_dist.state_cache import StateCache, slot_bytes
+from ssm_dist.step_plans import follow
 from ssm_dist.text import Tokenizer
 
 Result = TypeVar("Result")
@@ -70,6 +71,7 @@ class LLM:
         self.prefixes = PrefixCache(self.cache, prefix_limits(config))
         vocab_size = loaded.config.vocab_size
         sampler = Sampler(config.cache.max_sequences, vocab_size, loaded.device)
+        self._session: Session | None = None
         self.engine = Engine(self.model, self.cache, sampler, vocab_size)
 
     @property
@@ -143,13 +145,14 @@ class LLM:
         """
         tp, device = self.loaded.tp, self.loaded.device
         assert tp is None or tp.rank == 0, "the session is rank 0's; the other ranks call follow()"
-        return Session(
+        self._session = Session(
             self._new_run(),
             self._prepare,
             broadcast=lambda data: tp and broadcast_bytes(data, tp.group, device),
             enter_thread=lambda: torch.cuda.set_device(device) if device.type == "cuda" else None,
             with_text=self.tokenizer is not None,
         )
+        return self._session
 
     def follow(self) -> None:
         """On ranks other than 0: take part in rank 0's session until it is closed."""
@@ -233,6 +236,8 @@ class LLM:
 
     def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
         """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike."""
+        if self._session is not None and not self._session.closed:
+            raise UserError("a session is open on this model; submit prompts to it, or close it first")
         return self._new_run().events(requests)
 
     def _new_run(self) -> Run:

@@ -43,12 +43,8 @@ def save_state(
     chunk_tokens: int,
 ) -> SavedState:
     """Write the state after a prompt. Collective; raises `UserError` on every rank if that fails."""
-    absorbed = token_ids[:-1]
-    slot = _absorb(engine, prefixes, token_ids, chunk_tokens)
-    state = engine.cache.export_sequence(slot, len(absorbed))
-    engine.cache.release(slot)
-    state.wait()
-    tensors = _gathered(state, len(absorbed), loaded)
+    state = _state_after(engine, prefixes, token_ids, chunk_tokens)
+    tensors = _gathered(state, len(token_ids) - 1, loaded)
     info = _info(loaded, token_ids)
     error = ""
     if loaded.tp is None or loaded.tp.rank == 0:
@@ -120,8 +116,8 @@ def _info(loaded: LoadedModel, token_ids: list[int]) -> StateInfo:
 
 
 @torch.inference_mode()
-def _absorb(engine: Engine, prefixes: PrefixCache, token_ids: list[int], chunk_tokens: int) -> int:
-    """A slot whose state has absorbed all tokens but the last, from the longest known prefix on."""
+def _state_after(engine: Engine, prefixes: PrefixCache, token_ids: list[int], chunk_tokens: int) -> HostState:
+    """The state that has absorbed all tokens but the last, computed from the longest known prefix on."""
     place = prefixes.acquire(token_ids, len(token_ids))
     if place is None:
         raise UserError("there is no free slot for the state; save it when fewer requests run")
@@ -129,11 +125,16 @@ def _absorb(engine: Engine, prefixes: PrefixCache, token_ids: list[int], chunk_t
     sequence.slot, start = place
     limits = prefixes.limits
     grid = chunk_tokens if limits is None else chunk_grid(limits.interval, chunk_tokens)
-    while start < len(token_ids) - 1:
-        end = min(start - start % grid + grid, len(token_ids) - 1)
-        engine.hidden(Step([Chunk(sequence, start, token_ids[start:end])], decode=False))
-        start = end
-    return sequence.slot
+    try:
+        while start < len(token_ids) - 1:
+            end = min(start - start % grid + grid, len(token_ids) - 1)
+            engine.hidden(Step([Chunk(sequence, start, token_ids[start:end])], decode=False))
+            start = end
+        state = engine.cache.export_sequence(sequence.slot, start)
+    finally:
+        engine.cache.release(sequence.slot)
+    state.wait()
+    return state
 
 
 def _split_dim(loaded: LoadedModel, parameter: str) -> bool:

@@ -6,11 +6,9 @@ that follows from it, as JSON; the other ranks apply the same, and check that th
 
 from __future__ import annotations
 
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -18,9 +16,9 @@ from typing_extensions import Self
 
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
-from ssm_dist.requests import Prompt, Request, request_fields, request_of
+from ssm_dist.requests import Prompt, Request
 from ssm_dist.sampling.params import SamplingParams
-from ssm_dist.scheduler import Step
+from ssm_dist.step_plans import News, apply_news, encode
 
 HEARTBEAT = 60.0
 """Seconds of idleness after which the other ranks hear from rank 0: collectives time out."""
@@ -65,20 +63,6 @@ class Stream:
     def deliver(self, event: TokenEvent | Exception) -> None:
         """Called by the session for every event."""
         self._events.put(event)
-
-
-@dataclass
-class News:
-    """What has happened since the last step."""
-
-    arrivals: list[Request] = field(default_factory=list)
-    cancelled: list[int] = field(default_factory=list)
-    closed: bool = False
-
-    @property
-    def any(self) -> bool:
-        """Whether anything has."""
-        return bool(self.arrivals or self.cancelled or self.closed)
 
 
 class Session:
@@ -139,6 +123,11 @@ class Session:
         with self._changed:
             self._news.cancelled.append(index)
             self._changed.notify()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended, closed or failed."""
+        return not self._thread.is_alive()
 
     def close(self) -> None:
         """Cancel what still runs, and end the session on all ranks. Raises what the session has failed of."""
@@ -203,47 +192,3 @@ class Session:
             self._open.clear()
         for deliver in waiting:
             deliver(error)
-
-
-def follow(run: Run, receive: Callable[[], bytes]) -> None:
-    """Apply rank 0's plans until it closes the session; `receive` takes part in its broadcast."""
-    try:
-        while True:
-            plan = json.loads(receive())
-            apply_news(run, decode_news(plan))
-            if plan["closed"]:
-                return
-            step = run.plan()
-            assert describe(step) == plan["step"], f"rank 0 plans {plan['step']}, this rank {describe(step)}"
-            if step is not None:
-                run.execute(step)
-    finally:
-        run.close()
-
-
-def apply_news(run: Run, news: News) -> list[TokenEvent]:
-    """Arrivals, then cancellations, then the end; the events of those that end."""
-    for request in news.arrivals:
-        run.add(request)
-    going = run.indices if news.closed else news.cancelled
-    ended = [run.cancel(index) for index in going]
-    return [event for event in ended if event is not None]
-
-
-def encode(news: News, step: Step | None) -> bytes:
-    """News, and the step that follows, as JSON."""
-    arrivals = [request_fields(request) for request in news.arrivals]
-    plan = {"arrivals": arrivals, "cancelled": news.cancelled, "closed": news.closed, "step": describe(step)}
-    return json.dumps(plan).encode()
-
-
-def decode_news(plan: dict[str, Any]) -> News:
-    """The news of an encoded plan."""
-    return News([request_of(fields) for fields in plan["arrivals"]], plan["cancelled"], plan["closed"])
-
-
-def describe(step: Step | None) -> list[Any] | None:
-    """A step as plain data: whether it decodes, and (request, first position, tokens) of every chunk."""
-    if step is None:
-        return None
-    return [step.decode, [[c.sequence.index, c.start, len(c.tokens)] for c in step.chunks]]

@@ -61,8 +61,11 @@ def test_closing_a_session_cancels_what_runs_and_refuses_what_comes(llm: LLM):
 
 
 def test_a_prompt_that_cannot_run_is_refused_at_once(llm: LLM):
-    with llm.session() as session, pytest.raises(UserError, match="empty"):
-        session.submit("")
+    with llm.session() as session:
+        with pytest.raises(UserError, match="empty"):
+            session.submit("")
+        with pytest.raises(UserError, match="a session is open"):
+            llm.generate("a")
 
 
 def test_a_failure_of_the_engine_reaches_everybody_who_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch):
