@@ -19,11 +19,11 @@ from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import CodecName
 from ssm_dist.memory import estimate, require_memory
-from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
 from ssm_dist.parallel.collectives import Reductions, Wire
 from ssm_dist.ranks import Ranks, init_ranks
-from ssm_dist.registry import ModelConfig, ModelSpec, preset, spec_for
+from ssm_dist.registry import ModelSpec, preset, spec_for
 from ssm_dist.text import Tokenizer, read_eos_ids
 
 VOCAB_MULTIPLE = 8
@@ -37,7 +37,7 @@ class Source:
     """What a configuration names: an architecture with its sizes, and a checkpoint unless it is a preset."""
 
     spec: ModelSpec
-    config: ModelConfig
+    config: LanguageModelConfig
     """With the vocabulary padded to the degree."""
     checkpoint: Checkpoint | None
     dtype: torch.dtype
@@ -50,7 +50,7 @@ class LoadedModel:
     model: LanguageModel
     """Of local tensors."""
     spec: ModelSpec
-    config: ModelConfig
+    config: LanguageModelConfig
     plan: ResolvedPlan
     """Where every parameter lives."""
     tp: TensorParallel | None
@@ -179,7 +179,7 @@ def _load(model: LanguageModel, source: Source, ranks: Ranks) -> None:
     )
 
 
-def _padded(sizes: ModelConfig, degree: int) -> ModelConfig:
+def _padded(sizes: LanguageModelConfig, degree: int) -> LanguageModelConfig:
     """The sizes with a vocabulary that every rank holds an equal part of."""
     multiple = degree * VOCAB_MULTIPLE if degree > 1 else 1
     return replace(sizes, vocab_padded=-(-sizes.vocab_size // multiple) * multiple)

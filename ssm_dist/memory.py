@@ -28,7 +28,7 @@ from ssm_dist.checkpoint.weights import parameter_dtype
 from ssm_dist.errors import UserError
 from ssm_dist.kernels.scan import TIME_BLOCK
 from ssm_dist.models.batch import StateShapes
-from ssm_dist.models.mamba import MambaConfig
+from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.models.zamba import ZambaConfig
 from ssm_dist.parallel import ParameterPlacement
 from ssm_dist.state_cache import state_need
@@ -52,7 +52,7 @@ class MemoryNeed:
 
 
 def estimate(
-    config: MambaConfig | ZambaConfig,
+    config: LanguageModelConfig,
     shapes: StateShapes,
     placements: Sequence[ParameterPlacement],
     *,
@@ -108,7 +108,7 @@ def _weight_bytes(placements: Sequence[ParameterPlacement], dtype: torch.dtype, 
 
 
 def _activation_bytes(
-    config: MambaConfig | ZambaConfig, degree: int, itemsize: int, sequences: int, chunk_tokens: int
+    config: LanguageModelConfig, degree: int, itemsize: int, sequences: int, chunk_tokens: int
 ) -> int:
     """The upper bound that the head of this file states."""
     tokens = max(chunk_tokens, sequences)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
@@ -24,6 +23,8 @@ from ssm_dist.checkpoint.layouts import (
     PaddedRows,
     Transposed,
 )
+from ssm_dist.models.language_model import LanguageModelConfig
+from ssm_dist.models.zamba import ZambaConfig
 
 FLOAT32 = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias")
 """Endings of the parameters that stay float32 whatever the model's dtype: they enter exp and softplus."""
@@ -32,28 +33,6 @@ FLOAT32 = ("mixer.A_log", "mixer.D", "mixer.dt_proj.bias")
 def parameter_dtype(path: str, dtype: torch.dtype) -> torch.dtype:
     """The dtype of a parameter of a model whose dtype is `dtype`."""
     return torch.float32 if path.endswith(FLOAT32) else dtype
-
-
-class MambaSizes(Protocol):
-    """What a weight map needs to know of a model's configuration."""
-
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def n_layers(self) -> int: ...
-    @property
-    def tied_head(self) -> bool: ...
-
-
-class ZambaSizes(MambaSizes, Protocol):
-    """Zamba's besides."""
-
-    @property
-    def heads(self) -> int: ...
-    @property
-    def attention_heads(self) -> int: ...
-    @property
-    def hybrid_layers(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -131,7 +110,7 @@ def _zamba_mixer(heads: int) -> Table:
     }
 
 
-def mamba_weights(config: MambaSizes) -> WeightMap:
+def mamba_weights(config: LanguageModelConfig) -> WeightMap:
     """Mamba and Falcon-Mamba: transformers' names and the original state-spaces ones."""
     entries = _outer(
         config, ("backbone.embeddings.weight", "backbone.embedding.weight"), "backbone.norm_f.weight"
@@ -144,7 +123,7 @@ def mamba_weights(config: MambaSizes) -> WeightMap:
 falcon_mamba_weights = mamba_weights
 
 
-def zamba_weights(config: ZambaSizes) -> WeightMap:
+def zamba_weights(config: ZambaConfig) -> WeightMap:
     """Zamba v1: the shared block is stored under one hybrid layer, or under all of them in copies.
 
     transformers reads and writes copies where the head is not tied: it then ties nothing at all.
@@ -163,7 +142,7 @@ def zamba_weights(config: ZambaSizes) -> WeightMap:
     return WeightMap("model.", entries)
 
 
-def _outer(config: MambaSizes, embedding: tuple[str, ...], final_norm: str) -> dict[str, Entry]:
+def _outer(config: LanguageModelConfig, embedding: tuple[str, ...], final_norm: str) -> dict[str, Entry]:
     """What is not in a layer. A tied head may be stored besides the embedding, or in its place."""
     rows, head = PaddedRows(config.vocab_size), "lm_head.weight"
     entries = {"final_norm.weight": Entry((final_norm,))}

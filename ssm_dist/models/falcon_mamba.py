@@ -8,7 +8,7 @@ from typing import Any
 from ssm_dist.models.mamba import Mamba, MambaConfig
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class FalconMambaConfig(MambaConfig):
     """Sizes of a Falcon-Mamba model."""
 

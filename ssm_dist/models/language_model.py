@@ -3,31 +3,47 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ssm_dist.models.batch import ModelState, RaggedBatch, StateShapes
 from ssm_dist.models.layers import AddRMSNorm
+from ssm_dist.models.mixer import MixerConfig
 
 
-class LanguageModelSizes(Protocol):
-    """The part of a model's configuration that is used here."""
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig(MixerConfig, ABC):
+    """Sizes of a model; the mixer's are those of every layer."""
+
+    vocab_size: int
+    n_layers: int
+    norm_eps: float = 1e-5
+    tied_head: bool = True
+    vocab_padded: int = 0
+    """Rows of the embedding and the head, at least vocab_size; 0 for vocab_size itself."""
 
     @property
-    def d_model(self) -> int: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def tied_head(self) -> bool: ...
-    @property
-    def vocab_rows(self) -> int: ...
+    def vocab_rows(self) -> int:
+        """Rows that the embedding and the head hold over all ranks."""
+        return self.vocab_padded or self.vocab_size
+
+    @classmethod
+    @abstractmethod
+    def from_huggingface(cls, raw: dict[str, Any]) -> Self:
+        """From a parsed config.json. Raises `UserError` for what is not supported."""
+
+    @abstractmethod
+    def to_huggingface(self) -> dict[str, Any]:
+        """The fields of transformers' config.json for this model."""
 
 
 class LanguageModel(nn.Module, ABC):
     """Embedding, layers, norm; `head` maps rows of the output to logits over the padded vocabulary."""
 
-    def __init__(self, config: LanguageModelSizes) -> None:
+    def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
         self.final_norm = AddRMSNorm(config.d_model, config.norm_eps)

@@ -11,45 +11,14 @@ from typing_extensions import Self
 
 from ssm_dist.errors import UserError
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch, StateShapes
-from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.layers import AddRMSNorm
-from ssm_dist.models.mixer import MambaMixer, MixerConfig
+from ssm_dist.models.mixer import MambaMixer
 
 
-@dataclass(frozen=True)
-class MambaConfig:
-    """Sizes of a Mamba model; the names of the Mamba paper."""
-
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    d_inner: int
-    dt_rank: int
-    d_state: int = 16
-    conv_width: int = 4
-    norm_eps: float = 1e-5
-    tied_head: bool = True
-    use_bias: bool = False
-    use_conv_bias: bool = True
-    mixer_rms_eps: float | None = None
-    vocab_padded: int = 0
-    """Rows of the embedding and the head, at least vocab_size; 0 for vocab_size itself."""
-
-    heads = 1
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows that the embedding and the head hold over all ranks."""
-        return self.vocab_padded or self.vocab_size
-
-    @property
-    def mixer(self) -> MixerConfig:
-        """Sizes of one mixer."""
-        return MixerConfig(
-            d_model=self.d_model, d_inner=self.d_inner, d_state=self.d_state, dt_rank=self.dt_rank,
-            conv_width=self.conv_width, heads=self.heads, use_bias=self.use_bias,
-            use_conv_bias=self.use_conv_bias, mixer_rms_eps=self.mixer_rms_eps,
-        )  # fmt: skip
+@dataclass(frozen=True, kw_only=True)
+class MambaConfig(LanguageModelConfig):
+    """Sizes of a Mamba model."""
 
     @classmethod
     def from_huggingface(cls, raw: dict[str, Any]) -> Self:
@@ -143,7 +112,7 @@ class MambaLayer(nn.Module):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__()
         self.norm = AddRMSNorm(config.d_model, config.norm_eps)
-        self.mixer = MambaMixer(config.mixer)
+        self.mixer = MambaMixer(config)
 
     def forward(
         self, branch: Tensor | None, residual: Tensor, batch: RaggedBatch, state: MixerState

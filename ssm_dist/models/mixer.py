@@ -16,15 +16,15 @@ from ssm_dist.models.batch import MixerState, RaggedBatch
 from ssm_dist.models.layers import PackedLinear
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MixerConfig:
-    """Sizes of one mixer."""
+    """Sizes of one mixer; the names of the Mamba paper."""
 
     d_model: int
     d_inner: int
-    d_state: int
     dt_rank: int
-    conv_width: int
+    d_state: int = 16
+    conv_width: int = 4
     heads: int = 1
     use_bias: bool = False
     use_conv_bias: bool = True

@@ -13,21 +13,16 @@ from typing_extensions import Self
 
 from ssm_dist import kernels
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
-from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
 from ssm_dist.models.mamba import expansion, require_activation
-from ssm_dist.models.mixer import MambaMixer, MixerConfig
+from ssm_dist.models.mixer import MambaMixer
 
 
-@dataclass(frozen=True)
-class ZambaConfig:
+@dataclass(frozen=True, kw_only=True)
+class ZambaConfig(LanguageModelConfig):
     """Sizes of a Zamba model."""
 
-    vocab_size: int
-    d_model: int
-    n_layers: int
-    d_inner: int
-    dt_rank: int
     hybrid_layers: tuple[int, ...]
     """Indices of the layers that call the shared block first."""
     attention_heads: int
@@ -35,28 +30,6 @@ class ZambaConfig:
     d_mlp: int
     heads: int = 2
     """Mamba heads."""
-    d_state: int = 16
-    conv_width: int = 4
-    norm_eps: float = 1e-5
-    tied_head: bool = True
-    use_bias: bool = False
-    use_conv_bias: bool = True
-    vocab_padded: int = 0
-    """Rows of the embedding and the head, at least vocab_size; 0 for vocab_size itself."""
-
-    @property
-    def vocab_rows(self) -> int:
-        """Rows that the embedding and the head hold over all ranks."""
-        return self.vocab_padded or self.vocab_size
-
-    @property
-    def mixer(self) -> MixerConfig:
-        """Sizes of one mixer."""
-        return MixerConfig(
-            d_model=self.d_model, d_inner=self.d_inner, d_state=self.d_state, dt_rank=self.dt_rank,
-            conv_width=self.conv_width, heads=self.heads, use_bias=self.use_bias,
-            use_conv_bias=self.use_conv_bias,
-        )  # fmt: skip
 
     @classmethod
     def from_huggingface(cls, raw: dict[str, Any]) -> Self:
@@ -206,7 +179,7 @@ class ZambaLayer(nn.Module):
     def __init__(self, config: ZambaConfig, hybrid: bool) -> None:
         super().__init__()
         self.norm = AddRMSNorm(config.d_model, config.norm_eps)
-        self.mixer = MambaMixer(config.mixer)
+        self.mixer = MambaMixer(config)
         self.add = ResidualAdd() if hybrid else None
         self.linear = nn.Linear(config.d_model, config.d_model, bias=False) if hybrid else None
 

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
+from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.parallel import Plan, TensorParallel, apply_plan, localise
 from ssm_dist.parallel.collectives import broadcast_bytes, tp_all_gather, tp_all_max, tp_all_reduce
 from ssm_dist.parallel.vocabulary import target_log_probs
-from ssm_dist.registry import ModelConfig, spec_for
+from ssm_dist.registry import spec_for
 
 TOKENS = 3
 
@@ -39,7 +40,7 @@ class Placed:
     localised: tuple[int, ...]
 
 
-def placed_parameters(model_type: str, config: ModelConfig) -> dict[str, Placed]:
+def placed_parameters(model_type: str, config: LanguageModelConfig) -> dict[str, Placed]:
     """Apply the plan to a meta model, look, and localise."""
     model = meta_model(model_type, config)
     apply_plan(model, all_ranks(), spec_for(model_type).plan)
@@ -57,7 +58,7 @@ def placed_parameters(model_type: str, config: ModelConfig) -> dict[str, Placed]
     }  # fmt: skip
 
 
-def tie_survives(model_type: str, config: ModelConfig) -> tuple[bool, bool]:
+def tie_survives(model_type: str, config: LanguageModelConfig) -> tuple[bool, bool]:
     """Whether head and embedding are one parameter after applying the plan, and after localising."""
     model = meta_model(model_type, config)
     apply_plan(model, all_ranks(), spec_for(model_type).plan)
@@ -66,7 +67,7 @@ def tie_survives(model_type: str, config: ModelConfig) -> tuple[bool, bool]:
     return placed, model.head.weight is model.embedding.weight
 
 
-def meta_model(model_type: str, config: ModelConfig) -> nn.Module:
+def meta_model(model_type: str, config: LanguageModelConfig) -> nn.Module:
     with torch.device("meta"):
         return spec_for(model_type).build(config)
 
@@ -96,7 +97,7 @@ def random_module(build: Callable[..., nn.Module], *sizes: Any) -> nn.Module:
     return module
 
 
-def sent_by_a_forward(model_type: str, config: ModelConfig) -> list[tuple[int, int]]:
+def sent_by_a_forward(model_type: str, config: LanguageModelConfig) -> list[tuple[int, int]]:
     """(numbers a token, ranks) of every all-reduce of one prefill, in order."""
     model, tp = meta_model(model_type, config), all_ranks()
     apply_plan(model, tp, spec_for(model_type).plan)

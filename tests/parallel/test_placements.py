@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.parallel import ParameterPlacement, resolve_plan
-from ssm_dist.registry import PRESETS, ModelConfig, preset
+from ssm_dist.registry import PRESETS, preset
 from tests.parallel.on_ranks import meta_model, placed_parameters, sent_by_a_forward, tie_survives
 from tests.ranks import run_on_ranks
 
@@ -34,7 +35,7 @@ SHARED: dict[str, int | None] = {
 }
 """The dimension that each parameter is split along: channels, heads, the vocabulary; None for whole ones."""
 
-MODELS: dict[str, tuple[str, ModelConfig]] = {
+MODELS: dict[str, tuple[str, LanguageModelConfig]] = {
     **{name: PRESETS[name] for name in ("mamba-tiny", "falcon-mamba-tiny", "zamba-tiny")},
     "mamba-biases": ("mamba", replace(PRESETS["mamba-tiny"][1], use_bias=True, tied_head=False)),
 }

@@ -7,6 +7,7 @@ import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
 from ssm_dist.errors import UserError
+from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.parallel import (
     Plan,
     ReduceAddNorm,
@@ -18,14 +19,14 @@ from ssm_dist.parallel import (
     resolve_plan,
 )
 from ssm_dist.parallel.plans import MAMBA_PLAN, ZAMBA_PLAN
-from ssm_dist.registry import PRESETS, ModelConfig, preset
+from ssm_dist.registry import PRESETS, preset
 from tests.parallel.on_ranks import meta_model
 
 MAMBA, ZAMBA = PRESETS["mamba-tiny"][1], PRESETS["zamba-tiny"][1]
 MODEL_TYPES = {type(MAMBA): "mamba", type(ZAMBA): "zamba"}
 
 
-def message(config: ModelConfig, plan: Plan, degree: int = 2) -> str:
+def message(config: LanguageModelConfig, plan: Plan, degree: int = 2) -> str:
     with pytest.raises(UserError) as error:
         resolve_plan(meta_model(MODEL_TYPES[type(config)], config), plan, degree)
     return str(error.value)
@@ -107,7 +108,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     ids=["channels", "odd-channels", "attention-heads", "mamba-heads", "vocabulary"],
 )  # fmt: skip
 def test_a_degree_that_does_not_fit_names_the_parameter_and_the_degrees_that_do(
-    config: ModelConfig, degree: int, reason: str, working: str
+    config: LanguageModelConfig, degree: int, reason: str, working: str
 ) -> None:
     said = message(config, MAMBA_PLAN if type(config) is type(MAMBA) else ZAMBA_PLAN, degree)
     assert said == f"degree {degree} does not divide the model: {reason}; degrees that work: {working}"
