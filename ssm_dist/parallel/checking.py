@@ -49,23 +49,28 @@ def check_plan(
     with torch.inference_mode():
         trace = _traced(whole)
         expected = run(whole)
-
-    def on_rank(tp: TensorParallel) -> tuple[Tensor, Trace, ResolvedPlan]:
-        shard = shards[tp.rank]
-        resolved = shard_module(shard, tp, plan, torch.device("cpu"))
-        own = _traced(shard)
-        return run(shard), own, resolved
-
-    try:
-        outputs = on_simulated_ranks(degree, on_rank)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"the model does not run when sharded over {degree} ranks: {error}") from error
-    for rank, (output, own, resolved) in enumerate(outputs):
+    for rank, (output, own, resolved) in enumerate(_run_sharded(shards, plan, run)):
         if _differs(output, expected, tolerance):
             where = _first_difference(trace, own, resolved, tolerance)
             raise UserError(f"rank {rank} of {degree} {_by_how_much(output, expected)}. {where}")
+
+
+def _run_sharded(
+    models: Sequence[nn.Module], plan: Plan | None, run: Run
+) -> list[tuple[Tensor, Trace, ResolvedPlan]]:
+    """Shard one copy of the model a rank, and run them all."""
+
+    def on_rank(tp: TensorParallel) -> tuple[Tensor, Trace, ResolvedPlan]:
+        resolved = shard_module(models[tp.rank], tp, plan, torch.device("cpu"))
+        own = _traced(models[tp.rank])
+        return run(models[tp.rank]), own, resolved
+
+    try:
+        return on_simulated_ranks(len(models), on_rank)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"the model does not run when sharded over {len(models)} ranks: {error}") from error
 
 
 def run_on_tokens(model: nn.Module) -> Tensor:

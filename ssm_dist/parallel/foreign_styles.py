@@ -6,7 +6,6 @@ styles split packed parameters, adjust attributes, and reduce where a module wou
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +13,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssm_dist.errors import UserError
+from ssm_dist.parallel.attributes import find, has, set_own
 from ssm_dist.parallel.collectives import Wire, tp_all_gather, tp_all_reduce
 from ssm_dist.parallel.mesh import TensorParallel
 from ssm_dist.parallel.splits import Along, Blocks, Groups, PaddedRows, WithinHeads
@@ -38,7 +39,7 @@ def reducer(tp: TensorParallel, wire: Travel, span: int | None = None) -> Callab
 
 
 class ForeignStyle(Style):
-    """A style that says how each parameter is split by a `Split`, which may see it in another shape."""
+    """A style that gives each split parameter one of `splits`, which may see it in another shape."""
 
     def splits(self, module: nn.Module) -> dict[str, Along]:
         """By name of the module's own parameters; the others are replicated."""
@@ -54,7 +55,7 @@ class ForeignStyle(Style):
 
 @dataclass(frozen=True)
 class Adjusted(ForeignStyle):
-    """Parameters split as `dims` says (a dimension, or a `Split`; a bias is optional), attributes adjusted.
+    """Parameters split as `dims` says, by a dimension or one of `splits`; attributes adjusted.
 
     Adjusted({"A_log": 0, "D": 0}, divided=("intermediate_size",))
     """
@@ -75,33 +76,29 @@ class Adjusted(ForeignStyle):
         return {name: dim if isinstance(dim, Along) else Along(dim) for name, dim in held.items()}
 
     def objections(self, module: nn.Module) -> list[str]:
-        missing = [n for n in (*self.divided, *self.divisible, *self.values) if _find(module, n) is None]
+        missing = [name for name in (*self.divided, *self.divisible, *self.values) if not has(module, name)]
         if missing:
             return [f"has no {name!r}, which the plan adjusts" for name in missing]
-        sizes = {name: _find(module, name) for name in self.divided}
-        found = []
-        for name, split in self.splits(module).items():
-            parameter = module._parameters.get(name)
-            if sizes and parameter is not None and parameter.dim() > split.dim:
-                shape = split.true(parameter.data.to("meta"), 1).shape
-                if shape[split.true_dim] not in sizes.values():
-                    listed = ", ".join(f"{n} = {size}" for n, size in sizes.items())
-                    found.append(
-                        f"splits {name} along {shape[split.true_dim]} entries, which is not {listed}"
-                    )
-        return found
+        sizes = {name: find(module, name) for name in self.divided}
+        listed = " or ".join(f"{name} = {size}" for name, size in sizes.items())
+        lengths = {name: _length(module._parameters.get(name), s) for name, s in self.splits(module).items()}
+        return [
+            f"splits {name} along {length} entries, which is not {listed}"
+            for name, length in lengths.items()
+            if sizes and length is not None and length not in sizes.values()
+        ]
 
     def misfit(self, module: nn.Module, degree: int) -> str | None:
         for name in (*self.divided, *self.divisible):
-            if _find(module, name) % degree:
-                return f"has {name} = {_find(module, name)}"
+            if find(module, name) % degree:
+                return f"has {name} = {find(module, name)}"
         return None
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         for name in self.divided:
-            _set(module, name, _find(module, name) // tp.degree)
+            set_own(module, name, find(module, name) // tp.degree)
         for name, value in self.values.items():
-            _set(module, name, value)
+            set_own(module, name, value)
         if self.reduced is not None:
             reduce = reducer(tp, self.reduced)
             module.register_forward_hook(lambda _module, _inputs, output: reduce(output))
@@ -163,20 +160,20 @@ class Headwise(Adjusted):
 
     def objections(self, module: nn.Module) -> list[str]:
         names = (self.heads, self.head_dim, *self.divided)
-        return [f"has no {name!r}, which the plan adjusts" for name in names if _find(module, name) is None]
+        return [f"has no {name!r}, which the plan adjusts" for name in names if not has(module, name)]
 
     def misfit(self, module: nn.Module, degree: int) -> str | None:
-        heads = _find(module, self.heads)
+        heads = find(module, self.heads)
         if heads % degree and degree % heads:
             return f"has {self.heads} = {heads}, which ranks cannot share evenly"
         return super().misfit(module, degree)
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         super().install(module, tp)
-        heads, head_dim = _find(module, self.heads), _find(module, self.head_dim)
+        heads, head_dim = find(module, self.heads), find(module, self.head_dim)
         span = self._span(module, tp.degree)
-        _set(module, self.heads, max(1, heads // tp.degree))
-        _set(module, self.head_dim, head_dim // span)
+        set_own(module, self.heads, max(1, heads // tp.degree))
+        set_own(module, self.head_dim, head_dim // span)
         if span > 1:
             reduce = reducer(tp, self.wire, span)
             for name in self.summed:
@@ -191,7 +188,7 @@ class Headwise(Adjusted):
 
     def _span(self, module: nn.Module, degree: int) -> int:
         """Ranks that share a head."""
-        return max(1, degree // int(_find(module, self.heads)))
+        return max(1, degree // int(find(module, self.heads)))
 
 
 @dataclass(frozen=True)
@@ -225,19 +222,11 @@ class PaddedVocabHead(ForeignStyle, VocabParallelHead):
         module.register_forward_hook(gather)
 
 
-def _find(module: nn.Module, name: str) -> Any:
-    """The attribute at a dotted path, or None."""
-    value: Any = module
-    for part in name.split("."):
-        value = getattr(value, part, None)
-    return value
-
-
-def _set(module: nn.Module, name: str, value: Any) -> None:
-    """Set the attribute at a dotted path, in copies of the objects on the way: others may share them."""
-    first, _, rest = name.partition(".")
-    if rest:
-        owner = copy.copy(getattr(module, first))
-        _set(owner, rest, value)
-        value = owner
-    setattr(module, first, value)
+def _length(parameter: nn.Parameter | None, split: Along) -> int | None:
+    """Entries of the dimension that is split; None where the parameter does not fit, as others will say."""
+    if parameter is None or parameter.dim() <= split.dim:
+        return None
+    try:
+        return split.true(parameter.data.to("meta"), 1).shape[split.true_dim]
+    except UserError:
+        return None

@@ -80,10 +80,9 @@ def resolve_plan(model: nn.Module, plan: Plan, degree: int) -> ResolvedPlan:
                 problems.append(f"no pattern covers parameter {_join(path, name)}")
                 continue
             placement = _placement(path, name, parameter, module, styles[path], degree)
-            if found.setdefault(id(parameter), placement).dim != placement.dim:
-                problems.append(
-                    f"{found[id(parameter)].path} and {placement.path} are tied but split differently"
-                )
+            first = found.setdefault(id(parameter), placement)
+            if (first.dim, first.shape) != (placement.dim, placement.shape):
+                problems.append(f"{first.path} and {placement.path} are tied but split differently")
     if problems:
         raise UserError("the plan does not fit the model:\n  " + "\n  ".join(problems))
     _check_degree(modules, styles, degree)
