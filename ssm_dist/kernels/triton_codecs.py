@@ -1,8 +1,8 @@
 """The codecs in Triton, with the bits of their definitions on a GPU.
 
 What that takes: torch divides by a number on a CPU, and multiplies by its reciprocal on a GPU; no fused
-multiply-add between a product and the sum or rounding after it (`enable_fp_fusion=False`); true divisions. The
-tile functions serve the symmetric-memory kernels too; a tile is ROWS rows x CHUNK columns, and whole groups.
+multiply-add between a product and the sum or rounding after it (`enable_fp_fusion=False`); true divisions.
+The tile functions serve the kernel of long messages too; a tile is ROWS rows x CHUNK columns, whole groups.
 """
 
 import torch
@@ -47,55 +47,56 @@ def on_e4m3_grid(v):
 
 
 @triton.jit
-def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr):
+def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
     """x (ROWS, CHUNK) float32 -> payload of that shape (int32; float8 for fp8), scales (ROWS, CHUNK / GROUP).
 
-    As `codec_primitives.quantize`.
+    As `codec_primitives.quantize`; with codec none, x in DTYPE, and nothing to use as scales.
     """
-    x = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
-    largest = tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
-    finite = largest < FIRST_INFINITE
-    amax = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
-    x = tl.where(finite[:, :, None], x, 0.0)
-    if CODEC == FP8:
-        scale = over(tl.maximum(amax, 448.0 * SMALLEST_SCALE), 448.0)
-        scaled = tl.div_rn(x, tl.broadcast_to(scale[:, :, None], x.shape))
-        limited = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-        payload = (on_e4m3_grid(limited) if INTERPRETED else limited).to(tl.float8e4nv)
+    if CODEC == NONE:
+        payload, scale = x.to(DTYPE), x
     else:
-        TOP: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
-        scale = tl.maximum(over(amax, TOP), SMALLEST_SCALE)
-        scaled = x * tl.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)[:, :, None]
-        rounded = (scaled + ROUNDER) - ROUNDER
-        payload = tl.minimum(tl.maximum(rounded, -TOP), TOP).to(tl.int32)
-    payload = tl.reshape(payload, (payload.shape[0], payload.shape[1] * GROUP))
-    return payload, tl.where(finite, scale, float("nan"))
+        groups = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP))
+        largest = tl.max(groups.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
+        finite = largest < FIRST_INFINITE
+        amax = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
+        groups = tl.where(finite[:, :, None], groups, 0.0)
+        if CODEC == FP8:
+            step = over(tl.maximum(amax, 448.0 * SMALLEST_SCALE), 448.0)
+            scaled = tl.div_rn(groups, tl.broadcast_to(step[:, :, None], groups.shape))
+            limited = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+            coded = (on_e4m3_grid(limited) if INTERPRETED else limited).to(tl.float8e4nv)
+        else:
+            TOP: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
+            step = tl.maximum(over(amax, TOP), SMALLEST_SCALE)
+            scaled = groups * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, :, None]
+            rounded = (scaled + ROUNDER) - ROUNDER
+            coded = tl.minimum(tl.maximum(rounded, -TOP), TOP).to(tl.int32)
+        payload, scale = tl.reshape(coded, x.shape), tl.where(finite, step, float("nan"))
+    return payload, scale
 
 
 @triton.jit
-def store_encoded(
-    at, rows, x, first, width, halves, scales_at,
-    CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
-):  # fmt: skip
-    """Encode x (ROWS, CHUNK) float32, the columns from `first` on, into the rows that begin at `at` (ROWS,).
+def store_quantised(
+    at, rows, payload, scale, first, width, halves, scales_at, CODEC: tl.constexpr, GROUP: tl.constexpr
+):
+    """Store what `quantised` made of the columns from `first` on into the rows that begin at `at` (ROWS,).
 
-    rows (ROWS,): which rows exist; width: of a row; halves: (width + 1) // 2; scales_at: offset of scales;
-    DTYPE: of `none`.
+    rows (ROWS,): which rows exist; width: of a row; halves: (width + 1) // 2; scales_at: offset of scales.
+    With codec none, payload holds the numbers as they are, and there is no scale.
     """
-    column = first + tl.arange(0, x.shape[1])
+    column = first + tl.arange(0, payload.shape[1])
     inside = rows[:, None] & (column < width)[None, :]
     if CODEC == NONE:
-        typed = at.to(tl.pointer_type(DTYPE))
-        tl.store(typed[:, None] + column[None, :], x.to(DTYPE), mask=inside)
+        typed = at.to(tl.pointer_type(payload.dtype))
+        tl.store(typed[:, None] + column[None, :], payload, mask=inside)
     else:
-        payload, scale = quantised(x, CODEC, GROUP)
         group = first // GROUP + tl.arange(0, scale.shape[1])
         has_group = rows[:, None] & (group * GROUP < width)[None, :]
         scales = (at + scales_at).to(tl.pointer_type(tl.float32))
         tl.store(scales[:, None] + group[None, :], scale, mask=has_group)
         if CODEC == INT4:
-            low, high = tl.split(tl.reshape(payload, (x.shape[0], x.shape[1] // 2, 2)))
-            pair = first // 2 + tl.arange(0, x.shape[1] // 2)
+            low, high = tl.split(tl.reshape(payload, (payload.shape[0], payload.shape[1] // 2, 2)))
+            pair = first // 2 + tl.arange(0, payload.shape[1] // 2)
             both = ((low & 15) | (high << 4)).to(tl.uint8)
             tl.store(at[:, None] + pair[None, :], both, mask=rows[:, None] & (pair < halves)[None, :])
         elif CODEC == FP8:
@@ -109,7 +110,7 @@ def load_decoded(
     at, rows, first, width, halves, scales_at,
     CHUNK: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `store_encoded`: (ROWS, CHUNK) float32, 0 outside."""
+    """The inverse of `store_quantised`: (ROWS, CHUNK) float32, 0 outside."""
     column = first + tl.arange(0, CHUNK)
     inside = rows[:, None] & (column < width)[None, :]
     if CODEC == NONE:
@@ -146,7 +147,8 @@ def _encode_kernel(
     inside = (row < rows)[:, None] & (column < width)[None, :]
     value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
     at = encoded + row * row_bytes
-    store_encoded(at, row < rows, value, first, width, halves, scales_at, CODEC, GROUP, x.dtype.element_ty)
+    payload, scale = quantised(value, CODEC, GROUP, x.dtype.element_ty)
+    store_quantised(at, row < rows, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
 
 
 @triton.jit
@@ -163,9 +165,9 @@ def _sum_kernel(
     for rank in tl.static_range(1, RANKS):
         part = parts + (row + rank * rows) * row_bytes
         value += load_decoded(part, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
-    store_encoded(
-        total + row * row_bytes, exists, value, first, width, halves, scales_at, CODEC, GROUP, DTYPE
-    )
+    payload, scale = quantised(value, CODEC, GROUP, DTYPE)
+    to = total + row * row_bytes
+    store_quantised(to, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
 
 
 @triton.jit

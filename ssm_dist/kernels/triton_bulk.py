@@ -1,0 +1,139 @@
+"""Sums of long messages over shared memory, in two shots, with a codec, plain or with residual and norm.
+
+Every rank owns a stripe of the rows. In three phases: a rank encodes its rows and stores each stripe into its
+owner's memory; the owner decodes what all ranks sent, adds it up in float32 in rank order, and stores the
+encoded sum into every rank's memory; all ranks decode it. With a norm, the owner adds its rows of the
+residual stream in between, keeps them, and sends the normed rows: the residual stays split over the ranks.
+
+Program p works on the same tiles of all stripes on all ranks, so it waits for the programs p of the others
+alone, by flags that count up: its epoch is in the device's own memory. A rank that begins a call knows that
+the others have read what it sent them in the last one, since their second flags came after that; and nobody
+sends it sums of this call before it has begun it. So regions of fixed places, one for parts and one for sums,
+need no second copy, whatever the shapes and codecs of successive calls.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from ssm_dist.kernels.codecs import row_layout
+from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
+from ssm_dist.kernels.triton_codecs import CHUNK, CODES, ROWS, require_codec
+
+ALL = -1
+"""Phases of a kernel: all at once. Tests play several ranks in one process, one phase after the other."""
+
+CODE = 192
+"""What the error word says of a wait of this file that failed, besides the missing rank."""
+
+PROGRAMS = 1024
+"""At most; there are flags for so many."""
+
+PROGRAMS_A_MULTIPROCESSOR = 4
+"""So many are there at a time: a program that waits must not keep out those that it waits for."""
+
+MOST_REGISTERS = 128
+"""A thread, so that they are: 65536 a multiprocessor for 4 programs of 128 threads."""
+
+
+@dataclass(frozen=True)
+class BulkMemory:
+    """One rank's view of the memory of all."""
+
+    rank: int
+    peers: tuple[int, ...]
+    """Addresses of the ranks' memories, from the next rank on around to the own."""
+    epochs: Tensor
+    """(PROGRAMS,) int32 on the device: calls that a program has taken part in."""
+    error: Tensor
+    """(1,) int32 on the device: 0, or the code of a wait that failed."""
+    capacity: int
+    """Bytes of each of the two regions, a multiple of 16."""
+    limit: int
+    """Nanoseconds that a wait may take."""
+
+    @property
+    def ranks(self) -> int:
+        """How many share the memory."""
+        return len(self.peers)
+
+
+def bulk_bytes(ranks: int, capacity: int) -> int:
+    """Bytes of a rank's memory: flags, then the two regions; the flags 0 before the first use."""
+    return _flag_bytes(ranks) + 2 * capacity
+
+
+def _flag_bytes(ranks: int) -> int:
+    return 2 * ranks * PROGRAMS * 4
+
+
+def rows_that_fit(width: int, dtype: torch.dtype, codec: str, group_size: int, memory: BulkMemory) -> int:
+    """Rows that one call can sum, a multiple of the number of ranks."""
+    return (
+        memory.capacity // (row_layout(width, dtype, codec, group_size).bytes * memory.ranks) * memory.ranks
+    )
+
+
+def bulk_sum(x: Tensor, codec: str, group_size: int, memory: BulkMemory, phase: int = ALL) -> Tensor:
+    """The sum of every rank's x (T, width), contiguous; of x's shape and dtype. T at most `rows_that_fit`."""
+    y = torch.empty_like(x)
+    _launch(x, None, None, y, None, 0.0, codec, group_size, memory, phase)
+    return y
+
+
+def bulk_sum_add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
+    memory: BulkMemory, phase: int = ALL, total: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`kernels.add_rms_norm` of the sum of every rank's x (T, H), the residual stream split over the ranks.
+
+    residual: float32, whole (T, H) or this rank's stripe of ceil(T / ranks) rows; weight of x's dtype.
+    Returns y (T, H), whole and alike on all ranks, and this rank's stripe of the new stream, its rows past T
+    undefined.
+    """
+    assert weight.dtype == x.dtype
+    rows, width = x.shape
+    y = torch.empty_like(x)
+    if total is None:
+        total = x.new_empty((triton.cdiv(rows, memory.ranks), width), dtype=torch.float32)
+    _launch(x, residual, weight, y, total, eps, codec, group_size, memory, phase)
+    return y, total
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, y: Tensor, total: Tensor | None, eps: float,
+    codec: str, group_size: int, memory: BulkMemory, phase: int,
+) -> None:  # fmt: skip
+    require_codec(codec, x.device)
+    assert x.is_contiguous() and (residual is None or residual.is_contiguous())
+    rows, width = x.shape
+    layout = row_layout(width, x.dtype, codec, group_size)
+    stripe = triton.cdiv(rows, memory.ranks)
+    assert memory.ranks * stripe * layout.bytes <= memory.capacity, "more than fits: see rows_that_fit"
+    whole = residual is not None and residual.shape[0] == rows
+    assert residual is None or whole or residual.shape[0] == stripe
+    parts_at = _flag_bytes(memory.ranks)
+    grid = min(PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(x.device))
+    with torch.cuda.device_of(x):
+        bulk_kernel[(grid,)](
+            x, residual, weight, y, total, eps,
+            rows, width, (width + 1) // 2, stripe, memory.rank * stripe if whole else 0,
+            layout.bytes, layout.scales,
+            memory.rank, memory.peers, memory.epochs, memory.error, memory.limit,
+            parts_at, parts_at + memory.capacity,
+            RANKS=memory.ranks, CODEC=CODES[codec], GROUP=group_size, WITH_NORM=weight is not None,
+            HAS_RESIDUAL=residual is not None, CODE=CODE, FLAGS=4 * PROGRAMS,
+            ROWS=ROWS, CHUNK=CHUNK, PHASE=phase,
+            num_warps=4, maxnreg=MOST_REGISTERS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def _multiprocessors(device: torch.device) -> int:
+    """Of the device; the interpreter's programs take turns."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count

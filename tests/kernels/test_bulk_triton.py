@@ -1,0 +1,113 @@
+"""The kernel of long messages in the interpreter, several ranks in one process, one phase after the other."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ssm_dist.kernels import backend, norm
+from ssm_dist.kernels.codecs import decode_rows, encode_rows, row_layout, sum_rows
+from tests.kernels.playing_ranks import BulkRanks
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+CODECS = [("none", 128), ("int8", 128), ("fp8", 32), ("int4", 32)]
+each_codec = pytest.mark.parametrize(("codec", "group_size"), CODECS, ids=str)
+
+
+def in_phases(ranks: int, call: Callable[[int, int], Any]) -> list[Any]:
+    """call(rank, phase) for every rank and phase; what the last phase returns, by rank."""
+    for phase in (0, 1):
+        for rank in range(ranks):
+            call(rank, phase)
+    return [call(rank, 2) for rank in range(ranks)]
+
+
+def defined_sum(parts: Tensor, codec: str, group_size: int) -> Tensor:
+    """What the definitions of the codecs make of it."""
+    _, rows, width = parts.shape
+    with backend.using("reference"):
+        sent = torch.stack([encode_rows(part, codec, group_size, rows) for part in parts])
+        total = sum_rows(sent, width, parts.dtype, codec, group_size)
+        return decode_rows(total, width, parts.dtype, codec, group_size)
+
+
+@pytest.mark.parametrize(("ranks", "rows", "width"), [(2, 1, 40), (2, 19, 600), (3, 7, 37), (4, 21, 130)])
+@each_codec
+def test_all_ranks_hold_the_bits_of_the_codec_ops(
+    codec: str, group_size: int, ranks: int, rows: int, width: int
+) -> None:
+    from ssm_dist.kernels.triton_bulk import bulk_sum
+
+    world, parts = BulkRanks(ranks, 2**20), torch.randn(ranks, rows, width)
+    for _ in range(2):
+        outputs = in_phases(
+            ranks,
+            lambda rank, phase, p=parts: bulk_sum(p[rank], codec, group_size, world.memories[rank], phase),
+        )
+        expected = defined_sum(parts, codec, group_size)
+        assert all(torch.equal(output, expected) for output in outputs)
+        parts = parts.flip(1)
+    stripe = -(-rows // ranks)
+    programs = min(4, -(-stripe // 4))
+    assert all(memory.epochs.tolist()[: programs + 1] == [2] * programs + [0] for memory in world.memories)
+
+
+@pytest.mark.parametrize("given", ["whole", "stripe", "none"])
+@pytest.mark.parametrize(("ranks", "rows", "width"), [(2, 19, 600), (3, 7, 40)])
+@each_codec
+def test_the_owners_add_their_rows_of_the_residual_and_send_the_norm(
+    codec: str, group_size: int, ranks: int, rows: int, width: int, given: str
+) -> None:
+    from ssm_dist.kernels.triton_bulk import bulk_sum_add_rms_norm
+
+    world, parts = BulkRanks(ranks, 2**20), torch.randn(ranks, rows, width)
+    residual, weight, stripe = torch.randn(rows, width), torch.randn(width), -(-rows // ranks)
+    padded = torch.nn.functional.pad(residual, (0, 0, 0, ranks * stripe - rows))
+    with backend.using("reference"):
+        sent = [encode_rows(part, codec, group_size, rows) for part in parts]
+        layout = (width, torch.float32, codec, group_size)
+        stream = sum(decode_rows(part, *layout) for part in sent) + (residual if given != "none" else 0)
+        normed = norm.add_rms_norm_reference(None, stream, weight, 1e-5)[0]
+        expected = decode_rows(encode_rows(normed, codec, group_size, rows), *layout)
+    totals = [torch.full((stripe, width), torch.nan) for _ in range(ranks)]
+
+    def call(rank: int, phase: int) -> Any:
+        own = {"whole": residual, "stripe": padded[rank * stripe : (rank + 1) * stripe], "none": None}[given]
+        return bulk_sum_add_rms_norm(
+            parts[rank], own, weight, 1e-5, codec, group_size, world.memories[rank], phase, totals[rank]
+        )
+
+    outputs = in_phases(ranks, call)
+    step = {"none": 1e-5, "int8": 0.05, "fp8": 0.4, "int4": 0.8}[codec]
+    for y, _ in outputs:
+        assert torch.equal(y, outputs[0][0])
+        assert_close(y, expected, rtol=1e-5, atol=step)  # a number near the middle may take the next step
+        assert (y - expected).abs().gt(1e-5).float().mean() < 0.01
+    assert_close(torch.cat(totals)[:rows], stream, rtol=1e-5, atol=1e-5)
+
+
+def test_calls_of_any_shape_and_codec_share_the_regions() -> None:
+    from ssm_dist.kernels.triton_bulk import bulk_sum, rows_that_fit
+
+    world = BulkRanks(2, 16 * 1024)
+    for rows, width, codec in [(8, 300, "int8"), (30, 40, "none"), (2, 1030, "int4"), (8, 300, "none")]:
+        assert rows <= rows_that_fit(width, torch.float32, codec, 32, world.memories[0])
+        parts = torch.randn(2, rows, width)
+        outputs = in_phases(
+            2, lambda rank, phase, p=parts, c=codec: bulk_sum(p[rank], c, 32, world.memories[rank], phase)
+        )
+        assert all(torch.equal(output, defined_sum(parts, codec, 32)) for output in outputs)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    from ssm_dist.kernels.triton_bulk import bulk_sum, rows_that_fit
+
+    world = BulkRanks(2, 16 * 1024)
+    most = rows_that_fit(300, torch.float32, "none", 32, world.memories[0])
+    assert most == 2 * (16 * 1024 // (2 * row_layout(300, torch.float32, "none", 32).bytes))
+    with pytest.raises(AssertionError, match="rows_that_fit"):
+        bulk_sum(torch.zeros(most + 1, 300), "none", 32, world.memories[0], 0)
