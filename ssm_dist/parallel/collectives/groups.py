@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ class Group:
 
 
 _groups: dict[str, Group] = {}
+
+# A process group has threads, which must end before the interpreter does; else the process aborts at exit.
+atexit.register(_groups.clear)
 
 
 def register_group(name: str, handle: dist.ProcessGroup, timeout_seconds: float = TIMEOUT_SECONDS) -> str:
