@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,8 +31,15 @@ class Group:
 
 _groups: dict[str, Group] = {}
 
-# A process group has threads, which must end before the interpreter does; else the process aborts at exit.
-atexit.register(_groups.clear)
+
+@atexit.register
+def _forget_groups() -> None:
+    """End the threads of the process groups before the interpreter, which would abort the process.
+
+    Modules with installed reductions refer to a mesh, and so to its groups, in cycles.
+    """
+    _groups.clear()
+    gc.collect()
 
 
 def register_group(name: str, handle: dist.ProcessGroup, timeout_seconds: float = TIMEOUT_SECONDS) -> str:
