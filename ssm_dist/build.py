@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +22,8 @@ from ssm_dist.kernels.codecs import CodecName
 from ssm_dist.memory import estimate, require_memory
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
-from ssm_dist.parallel.collectives import Reductions, Wire
+from ssm_dist.parallel.collectives import Reductions, Wire, broadcast_bytes
+from ssm_dist.parallel.collectives.tables import SHIPPED, table_from_json, use_table
 from ssm_dist.ranks import Ranks, init_ranks
 from ssm_dist.registry import ModelSpec, preset, spec_for
 from ssm_dist.text import Tokenizer, read_eos_ids
@@ -78,7 +80,11 @@ def load_model(config: Config) -> LoadedModel:
     tp = None
     if ranks.world > 1:
         tp = TensorParallel.over_all_ranks(ranks.device.type, reductions_of(config.reduction))
+        _agree_on_table(tp, config.reduction.table, ranks)
     plan = resolve_plan(model, source.spec.plan, 1) if tp is None else apply_plan(model, tp, source.spec.plan)
+    if tp is not None and ranks.device.type == "cuda" and kernels != "reference":
+        tokens = max(config.prefill.chunk_tokens, config.cache.max_sequences)
+        tp.share_memory(tokens, source.config.d_model, source.dtype, ranks.device)
     _check_memory(model, source, plan, config, ranks)
     _load(model, source, ranks)
     localise(model)
@@ -140,6 +146,21 @@ def reductions_of(section: ReductionConfig) -> Reductions:
         wire(section.embedding_codec),
         section.timeout_seconds,
     )
+
+
+def _agree_on_table(tp: TensorParallel, file: Path | None, ranks: Ranks) -> None:
+    """Let all ranks choose algorithms by the same table: rank 0's file, or the one that ships."""
+    if file is None:
+        use_table(SHIPPED)
+        return
+    text = b""
+    if tp.rank == 0:
+        try:
+            text = file.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read the table of reductions {file}: {error.strerror}") from None
+    text = broadcast_bytes(text, tp.group, ranks.device)
+    use_table(table_from_json(text.decode(errors="replace"), str(file)))
 
 
 def _check_memory(

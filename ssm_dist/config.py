@@ -74,8 +74,13 @@ class ReductionConfig(Section):
     embedding_codec: Literal["none", "int8", "fp8", "int4"] = "none"
     """The same for the embedding, which is exact without it."""
 
-    algorithm: Literal["auto", "all_reduce", "exchange"] = "auto"
-    """How ranks reduce; auto goes by the size. all_reduce is NCCL's or gloo's own, without a codec."""
+    algorithm: Literal["auto", "process_group", "all_reduce", "exchange", "one_shot", "two_shot", "bulk"] = (
+        "auto"
+    )
+    """How ranks add up: auto goes by the size; process_group too, as if GPUs shared no memory."""
+
+    table: Path | None = None
+    """What auto goes by: a file that `ssm-dist calibrate` wrote; by default a table that ships."""
 
     timeout_seconds: float = Field(300.0, gt=0.0)
     """How long a rank waits for the others in a reduction before the job ends."""

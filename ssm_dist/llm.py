@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from typing_extensions import Self
 
 from ssm_dist.build import LoadedModel, load_model
@@ -19,7 +18,7 @@ from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel
-from ssm_dist.parallel.collectives import broadcast_bytes
+from ssm_dist.parallel.collectives import broadcast_bytes, carrier
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import prefix_limits
 from ssm_dist.requests import (
@@ -86,7 +85,7 @@ class LLM:
             return "none (one rank)"
         wire = self.loaded.tp.reductions.branch
         codec = wire.codec if wire.codec == "none" else f"{wire.codec} in groups of {wire.group_size}"
-        return f"{dist.get_backend()}, algorithm {wire.algorithm}, codec {codec}"
+        return f"{carrier(self.loaded.tp.group)}, algorithm {wire.algorithm}, codec {codec}"
 
     @classmethod
     def from_config(cls, config: Config) -> Self:

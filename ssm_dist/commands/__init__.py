@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from ssm_dist.config import Config, ModelConfig, Section
 
@@ -51,7 +51,23 @@ class InspectJob(StateJob):
     """Not needed."""
 
 
+class CalibrationConfig(Section):
+    file: Path = Path("reductions.json")
+    """Where the table of reductions is written."""
+
+    repeats: int = Field(9, strict=True, ge=1)
+    """How often each time is taken; the median counts."""
+
+
+class CalibrationJob(Config):
+    """A job that measures the reductions."""
+
+    calibration: CalibrationConfig = CalibrationConfig()
+    """How reductions are measured."""
+
+
 COMMANDS = {
+    "calibrate": Command("Measure the reductions between ranks here, for --reduction.table.", CalibrationJob),
     "generate": Command("Continue prompts, and stream the text. The default, when no command is named."),
     "kernels": Command("Time every op against its floor, its definition and its peers.", schema=None),
     "plan": Command("Print how each parameter is placed and what a layer reduces, without any weights."),

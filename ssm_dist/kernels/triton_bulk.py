@@ -78,9 +78,12 @@ def rows_that_fit(width: int, dtype: torch.dtype, codec: str, group_size: int, m
     )
 
 
-def bulk_sum(x: Tensor, codec: str, group_size: int, memory: BulkMemory, phase: int = ALL) -> Tensor:
-    """The sum of every rank's x (T, width), contiguous; of x's shape and dtype. T at most `rows_that_fit`."""
-    y = torch.empty_like(x)
+def bulk_sum(
+    x: Tensor, codec: str, group_size: int, memory: BulkMemory, phase: int = ALL, y: Tensor | None = None
+) -> Tensor:
+    """The sum of every rank's x (T, width), contiguous, in y, of its shape and dtype; see `rows_that_fit`."""
+    if y is None:
+        y = torch.empty_like(x)
     _launch(x, None, None, y, None, 0.0, codec, group_size, memory, phase)
     return y
 

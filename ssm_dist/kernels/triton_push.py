@@ -155,10 +155,11 @@ def _push_sum_kernel(
         tl.store(counters + unit, uses + 1)
 
 
-def push_fits(rows: int, row_bytes: int, memory: PushMemory) -> bool:
-    """Whether a message of so many contiguous rows can be sent by `push_sum` and `push_sum_add_rms_norm`."""
-    fits = row_bytes <= memory.slot_bytes and rows <= memory.slots
-    return row_bytes % 16 == 0 and fits and rows * row_bytes <= memory.slots * 16 * PIECE
+def push_fits(rows: int, row_bytes: int, memory: PushMemory, with_norm: bool) -> bool:
+    """Whether `push_sum`, or `push_sum_add_rms_norm`, can send a message of so many rows."""
+    if with_norm:
+        return row_bytes % 16 == 0 and row_bytes <= memory.slot_bytes and rows <= memory.slots
+    return rows * row_bytes % 16 == 0 and rows * row_bytes <= memory.slots * 16 * PIECE
 
 
 def push_sum(x: Tensor, memory: PushMemory, two_shot: bool, phase: int = ALL) -> Tensor:

@@ -194,6 +194,7 @@ def take_sum(
             for word in tl.static_range(4):
                 tl.store(words + word, EMPTY, mask=wanted)
     else:
+        limit = tl.cast(limit, tl.int64)  # less than 2.1 s would come as 32 bits
         left = limit
         while left > 0:
             a0, a1, b0, b1, c0, c1, d0, d1 = tl.inline_asm_elementwise(
@@ -219,6 +220,7 @@ def raise_flag(flag, value):
 def wait_for_flag(flag, value, error, limit, code):
     """Return when the flag (an address, int64) has reached `value`; a thread sees what came before it."""
     if not INTERPRETED:
+        limit = tl.cast(limit, tl.int64)
         tl.inline_asm_elementwise(
             WAIT, "=&r,l,r,l,l,r", [flag, value, error, limit, code], tl.int32, is_pure=False, pack=1
         )

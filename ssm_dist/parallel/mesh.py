@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -43,6 +44,17 @@ class TensorParallel:
             group, _ = dist.new_subgroups(group_size=span, group=self.mesh.get_group())
             _subgroups[self.mesh][span] = register_group(name, group, self.reductions.timeout_seconds)
         return name
+
+    def share_memory(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Let the GPUs of every group share memory, for sums of up to `tokens` rows of `width` numbers.
+
+        Before anything is captured in a CUDA graph; all ranks alike. Where they cannot, NCCL stays.
+        """
+        from ssm_dist.parallel.collectives.shared import open_shared_memory  # a CPU needs no Triton
+
+        row_bytes = width * dtype.itemsize
+        for name in (self.group, *_subgroups.get(self.mesh, {}).values()):
+            open_shared_memory(name, row_bytes, tokens * row_bytes, device)
 
 
 _subgroups: dict[DeviceMesh, dict[int, str]] = {}

@@ -15,7 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_dist.kernels import add_rms_norm
-from ssm_dist.parallel.collectives import tp_all_gather, tp_all_reduce, tp_all_reduce_add_rms_norm
+from ssm_dist.parallel.collectives import (
+    splits_residual,
+    tp_all_gather,
+    tp_all_reduce,
+    tp_all_reduce_add_rms_norm,
+    tp_all_reduce_add_rms_norm_split,
+)
 from ssm_dist.parallel.mesh import TensorParallel
 
 
@@ -139,16 +145,20 @@ class ReduceAddNorm(Style):
     The module has `weight`, `eps` and forward(branch | None, residual | None); see `kernels.add_rms_norm`.
     """
 
+    may_split: bool = False
+    """Only such norms read the residual stream: between them it may stay split over the ranks, by rows."""
+
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        group, wire = tp.group, tp.reductions.branch
+        group, degree, wire = tp.group, tp.degree, tp.reductions.branch
 
         def forward(branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             weight, eps = weight_of(module), cast(HasEpsilon, module).eps
+            how = (wire.codec, wire.group_size, wire.algorithm)
             if branch is None:
                 return add_rms_norm(None, residual, weight, eps)
-            return tp_all_reduce_add_rms_norm(
-                branch, residual, weight, eps, group, wire.codec, wire.group_size, wire.algorithm
-            )
+            if self.may_split and residual is not None and splits_residual(branch, group, *how):
+                return tp_all_reduce_add_rms_norm_split(branch, residual, weight, eps, group, degree, *how)
+            return tp_all_reduce_add_rms_norm(branch, residual, weight, eps, group, *how)
 
         module.forward = forward
 

@@ -19,6 +19,7 @@ from ssm_dist.parallel.collectives import (
     register_group,
     tp_all_reduce,
     tp_all_reduce_add_rms_norm,
+    tp_all_reduce_add_rms_norm_split,
 )
 
 DEVICE = "cpu"
@@ -104,6 +105,22 @@ def fused_and_apart(case: Case, with_residual: bool) -> tuple[Tensor, Tensor, bo
     return y, total, torch.equal(y, expected[0]) and torch.equal(total, expected[1])
 
 
+def split_residual(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two norms in a row, the residual whole before them and split between them; and the same unsplit."""
+    tp = all_ranks()
+    generator = torch.Generator().manual_seed(7)
+    residual = torch.randn(case.rows, case.width, generator=generator)
+    weight = torch.randn(case.width, generator=generator).to(case.dtype)
+    args = (weight, 1e-5, tp.group)
+    how = (case.codec, case.group_size, case.algorithm)
+    first, stripe = tp_all_reduce_add_rms_norm_split(case.part(tp.rank), residual, *args, tp.degree, *how)
+    second, stripe = tp_all_reduce_add_rms_norm_split(first * tp.rank, stripe, *args, tp.degree, *how)
+    whole, stream = tp_all_reduce_add_rms_norm(case.part(tp.rank), residual, *args, *how)
+    again, stream = tp_all_reduce_add_rms_norm(whole * tp.rank, stream, *args, *how)
+    own = stream[tp.rank * len(stripe) : (tp.rank + 1) * len(stripe)]
+    return second, again, stripe[: len(own)], own
+
+
 def check_ops() -> None:
     """torch's own check of the schemas, the fake implementations and functionalisation."""
     tp = all_ranks()
@@ -115,6 +132,8 @@ def check_ops() -> None:
         torch.library.opcheck(tp_all_reduce_add_rms_norm, (x, *args), test_utils=checks)
         without = (x, None, *args[1:])
         torch.library.opcheck(tp_all_reduce_add_rms_norm, without, test_utils=checks)
+        split = (x, *args[:4], tp.degree, codec, 32)
+        torch.library.opcheck(tp_all_reduce_add_rms_norm_split, split, test_utils=checks)
 
 
 def compiled_and_eager(codec: str) -> tuple[Tensor, Tensor]:

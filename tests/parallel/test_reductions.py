@@ -12,6 +12,7 @@ from tests.parallel.reductions_on_ranks import (
     check_ops,
     compiled_and_eager,
     fused_and_apart,
+    split_residual,
     strided_sum,
     sums,
 )
@@ -108,6 +109,23 @@ def test_the_fused_op_is_the_sum_then_the_norm(
     for y, total, same in results:
         assert same and y.dtype == torch.bfloat16 and total.dtype == torch.float32
         assert torch.equal(y, results[0][0]) and torch.equal(total, results[0][1])
+
+
+@pytest.mark.parametrize(("degree", "rows"), [(2, 6), (3, 7), (4, 2)])
+@pytest.mark.parametrize(("codec", "error"), [("none", 1e-6), ("int8", 0.02), ("fp8", 0.1), ("int4", 0.5)])
+def test_a_residual_that_stays_split_gives_the_same_norms(
+    codec: str, error: float, degree: int, rows: int
+) -> None:
+    """But for roundings: of the sum before the residual is added, or of the norm after it."""
+
+    def relative(actual: Tensor, expected: Tensor) -> float:
+        return float((actual - expected).norm() / expected.norm().clamp(min=1e-9))
+
+    case = Case("normal", rows, 70, torch.float32, codec, 32, "exchange")
+    results = run_on_ranks(degree, split_residual, case)
+    for split, whole, stripe, own in results:
+        assert torch.equal(split, results[0][0])
+        assert relative(split, whole) < error and relative(stripe, own) < error
 
 
 def test_ops_pass_torchs_own_checks() -> None:

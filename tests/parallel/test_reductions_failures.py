@@ -17,7 +17,7 @@ def test_a_rank_that_stalls_is_named_with_the_op_within_the_timeout() -> None:
         run_on_ranks(3, without_a_rank, 1, 2.0)
     assert time.monotonic() - start < 15.0
     message = next(line for line in str(caught.value).splitlines() if "RankFailure: " in line)
-    assert "all-reduce of (2, 64) float32 (reduction 0 of group 'impatient') did not end on rank" in message
+    assert "all-reduce of (2, 64) float32 (reduction 1 of group 'impatient') did not end on rank" in message
     assert "nothing for 2 s. Missing: rank 1 of 3" in message and "timeout_seconds" in message
 
 

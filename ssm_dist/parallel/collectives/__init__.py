@@ -5,15 +5,22 @@ A group travels as a string, since an op takes no process group; `register_group
     ops           the ops, and which path serves a call
     selection     the choice of the algorithm, from static sizes and a table
     exchange      quantised two-shot over the process group (NCCL, gloo): all-to-all, sum, all-gather
+    shared        memory that the GPUs of a group share, and the kernels that sum over it
     gather        gathers, maxima, broadcasts
     groups        groups by name
+    tables        which algorithm is the fastest, as data
     failures      bounded waits, and which rank is to blame
 """
 
-from ssm_dist.parallel.collectives.failures import RankFailure
+from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device
 from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max
-from ssm_dist.parallel.collectives.groups import register_group
-from ssm_dist.parallel.collectives.ops import tp_all_reduce, tp_all_reduce_add_rms_norm
+from ssm_dist.parallel.collectives.groups import carrier, register_group
+from ssm_dist.parallel.collectives.ops import (
+    splits_residual,
+    tp_all_reduce,
+    tp_all_reduce_add_rms_norm,
+    tp_all_reduce_add_rms_norm_split,
+)
 from ssm_dist.parallel.collectives.selection import EXACT, Reductions, Wire
 
 __all__ = [
@@ -22,9 +29,13 @@ __all__ = [
     "Reductions",
     "Wire",
     "broadcast_bytes",
+    "carrier",
     "register_group",
+    "splits_residual",
     "tp_all_gather",
     "tp_all_max",
     "tp_all_reduce",
     "tp_all_reduce_add_rms_norm",
+    "tp_all_reduce_add_rms_norm_split",
+    "wait_for_device",
 ]

@@ -14,40 +14,66 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssm_dist.kernels import add_rms_norm
 from ssm_dist.kernels.codecs import decode_rows, encode_rows, sum_rows
-from ssm_dist.parallel.collectives.failures import wait
+from ssm_dist.parallel.collectives.failures import Call, wait
 from ssm_dist.parallel.collectives.gather import all_gather
-from ssm_dist.parallel.collectives.groups import Group
 
 
-def all_reduce(x: Tensor, group: Group, what: str) -> Tensor:
+def all_reduce(x: Tensor, call: Call) -> Tensor:
     """The process group's own sum, in a fresh tensor."""
     total = x.clone(memory_format=torch.contiguous_format)
-    call = next(group.calls)
-    if group.backend == "nccl":
-        dist.all_reduce(total, group=group.handle)
+    if call.group.backend == "nccl":
+        dist.all_reduce(total, group=call.group.handle)
     else:
-        wait(dist.all_reduce(total, group=group.handle, async_op=True), group, call, what)
+        wait(dist.all_reduce(total, group=call.group.handle, async_op=True), call)
     return total
 
 
-def exchange(x: Tensor, group: Group, codec: str, group_size: int, what: str) -> Tensor:
+def exchange(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
     """The sum of every rank's x (rows, width), with both trips encoded; of x's dtype."""
     rows, width = x.shape
-    stripe = -(-rows // group.size)
-    sent = encode_rows(x, codec, group_size, group.size * stripe)
-    received = torch.empty_like(sent)
-    _move(dist.all_to_all_single, received, sent, group, what)
-    parts = received.unflatten(0, (group.size, stripe))
-    mine = sum_rows(parts, width, x.dtype, codec, group_size)
-    gathered = torch.empty_like(sent)
-    _move(all_gather, gathered, mine, group, what)
-    return decode_rows(gathered[:rows], width, x.dtype, codec, group_size)
+    mine = sum_rows(_parts(x, call, codec, group_size), width, x.dtype, codec, group_size)
+    return decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
 
 
-def _move(collective: Callable[..., Any], output: Tensor, given: Tensor, group: Group, what: str) -> None:
-    call = next(group.calls)
-    if group.backend == "nccl":
-        collective(output, given, group=group.handle)
+def exchange_add_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, call: Call, codec: str, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """As `triton_bulk.bulk_sum_add_rms_norm`: owners add their rows of the residual, and send the norm."""
+    rows, width = x.shape
+    parts = _parts(x, call, codec, group_size)
+    wide = x.dtype if codec == "none" else torch.float32
+    total = decode_rows(parts[0], width, wide, codec, group_size).float()
+    for part in parts[1:]:
+        total = total + decode_rows(part, width, wide, codec, group_size)
+    stripe, own = len(total), None
+    if residual is not None:
+        first = call.group.rank * stripe if len(residual) == rows else 0
+        own = residual[first : first + stripe]
+        own = torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
+    normed, stream = add_rms_norm(total, own, weight, eps)
+    gathered = _gathered(encode_rows(normed, codec, group_size, stripe), call)
+    return decode_rows(gathered[:rows], width, weight.dtype, codec, group_size), stream
+
+
+def _parts(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
+    """What every rank sends of this rank's stripe: (ranks, stripe, bytes)."""
+    ranks = call.group.size
+    stripe = -(-x.shape[0] // ranks)
+    sent = encode_rows(x, codec, group_size, ranks * stripe)
+    return _moved(dist.all_to_all_single, torch.empty_like(sent), sent, call).unflatten(0, (ranks, stripe))
+
+
+def _gathered(mine: Tensor, call: Call) -> Tensor:
+    """Every rank's encoded stripe, one after the other."""
+    everything = mine.new_empty((call.group.size * len(mine), mine.shape[1]))
+    return _moved(all_gather, everything, mine, call)
+
+
+def _moved(collective: Callable[..., Any], output: Tensor, given: Tensor, call: Call) -> Tensor:
+    if call.group.backend == "nccl":
+        collective(output, given, group=call.group.handle)
     else:
-        wait(collective(output, given, group=group.handle, async_op=True), group, call, what)
+        wait(collective(output, given, group=call.group.handle, async_op=True), call)
+    return output

@@ -7,12 +7,14 @@ does not wait at the same reduction has died, or is held up elsewhere.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from ssm_dist.parallel.collectives.groups import Group
+from ssm_dist.parallel.collectives.groups import Group, group_named
 
 SLICE = 1.0
 """Seconds after which a waiting rank says so."""
@@ -20,50 +22,104 @@ SLICE = 1.0
 GRACE = 3.0
 """Seconds that the others have to say so after one has given up: their slices end within it."""
 
+BUSY = 0.05
+"""Seconds that a host looks for the end of a step without pause."""
+
+ALGORITHMS = {1: "one_shot", 2: "two_shot", 3: "bulk"}
+"""By the error word of shared memory, divided by 64; the rest of it is the missing rank."""
+
 
 class RankFailure(RuntimeError):
     """A reduction that could not end; the message names the op, and the ranks that were missing."""
 
 
-def wait(work: dist.Work, group: Group, call: int, what: str) -> None:
-    """Block until gloo's `work` is done, at most the group's timeout. Raises `RankFailure`.
+@dataclass(frozen=True)
+class Call:
+    """One reduction, for messages."""
 
-    call: the reduction's number in the group; what: its name for people.
-    """
-    deadline = time.monotonic() + group.timeout_seconds
+    group: Group
+    number: int
+    """In its group, the same on all ranks."""
+    what: str
+
+    @classmethod
+    def next(cls, group: Group, name: str, x: torch.Tensor) -> Call:
+        """Number the reduction of x that begins."""
+        group.calls += 1
+        return cls(group, group.calls, f"{name} of {tuple(x.shape)} {str(x.dtype)[6:]}")
+
+
+def wait(work: dist.Work, call: Call) -> None:
+    """Block until gloo's `work` is done, at most the group's timeout. Raises `RankFailure`."""
+    limit = call.group.timeout_seconds
+    deadline = time.monotonic() + limit
     while True:
-        remaining = deadline - time.monotonic()
         try:
-            work.wait(timedelta(seconds=max(0.001, min(SLICE, remaining))))
+            work.wait(timedelta(seconds=max(0.001, min(SLICE, deadline - time.monotonic()))))
             return
         except RuntimeError as error:
-            _say_that_it_waits(group, call)
+            _say_that_it_waits(call)
             failed = work.is_completed()
             if failed or time.monotonic() >= deadline:
-                reason = str(error) if failed else f"nothing for {group.timeout_seconds:g} s"
-                raise RankFailure(explain(group, call, what, reason)) from error
+                raise _failure(call, str(error) if failed else f"nothing for {limit:g} s") from error
 
 
-def explain(group: Group, call: int, what: str, reason: str) -> str:
-    """The message of a reduction that did not end, after the others had time to say that they wait."""
+def wait_for_device(name: str, device: torch.device) -> None:
+    """Wait until a device has done all that it was given, at most the timeout of the named group.
+
+    To be called before a step's results are read, where another rank's failure would leave this one waiting
+    for ever. Raises `RankFailure`. On a CPU nothing is ever left to do.
+    """
+    if device.type != "cuda":
+        return
+    group = group_named(name)
+    call = Call(group, group.calls, "a step")
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    begun = said = time.monotonic()
+    while not done.query():
+        now = time.monotonic()
+        if now - said > SLICE:
+            _say_that_it_waits(call)
+            said = now
+        if now - begun > group.timeout_seconds + GRACE:
+            raise _failure(call, f"nothing for {group.timeout_seconds:g} s")
+        time.sleep(0.0 if now - begun < BUSY else 1e-4)
+    _raise_failed_wait(call)
+
+
+def _raise_failed_wait(call: Call) -> None:
+    """Raise if a kernel over shared memory has waited in vain; its word is in the host's memory."""
+    group = call.group
+    word = 0 if group.memory is None else int(group.memory.error)
+    if word:
+        _say_that_it_waits(call)
+        source = f"rank {word % 64} for {group.timeout_seconds:g} s"
+        raise _failure(call, f"{ALGORITHMS[word // 64]} over shared memory got nothing from {source}")
+
+
+def _failure(call: Call, reason: str) -> RankFailure:
+    """The error of a reduction that did not end, after the others had time to say that they wait."""
+    group = call.group
     time.sleep(GRACE)
-    missing = [rank for rank in range(group.size) if rank != group.rank and not _waits(group, rank, call)]
+    missing = [rank for rank in range(group.size) if rank != group.rank and not _waits(call, rank)]
     blamed = f"rank {', '.join(map(str, missing))}" if missing else "no rank"
-    return (
-        f"{what} (reduction {call} of group {group.name!r}) did not end on rank {group.rank}: {reason}. "
-        f"Missing: {blamed} of {group.size}, dead or held up elsewhere; [reduction] timeout_seconds says how "
-        "long to wait"
+    return RankFailure(
+        f"{call.what} (reduction {call.number} of group {group.name!r}) did not end on rank {group.rank}: "
+        f"{reason}. Missing: {blamed} of {group.size}, dead or held up elsewhere; [reduction] "
+        "timeout_seconds says how long to wait"
     )
 
 
-def _say_that_it_waits(group: Group, call: int) -> None:
-    _get_process_group_store(group.handle).set(f"waiting {group.rank}", str(call))
+def _say_that_it_waits(call: Call) -> None:
+    store = _get_process_group_store(call.group.handle)
+    store.set(f"{call.group.name} waiting {call.group.rank}", str(call.number))
 
 
-def _waits(group: Group, rank: int, call: int) -> bool:
+def _waits(call: Call, rank: int) -> bool:
     """Whether a rank waits at this reduction or a later one."""
-    store, key = _get_process_group_store(group.handle), f"waiting {rank}"
+    store, key = _get_process_group_store(call.group.handle), f"{call.group.name} waiting {rank}"
     try:
-        return store.check([key]) and int(store.get(key)) >= call
+        return store.check([key]) and int(store.get(key)) >= call.number
     except dist.DistError:  # the store's own rank is gone
         return False

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import atexit
-import gc
-import itertools
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from ssm_dist.parallel.collectives.shared import SharedMemory
 
 TIMEOUT_SECONDS = 300.0
 """How long a rank waits for the others, unless told otherwise: loading may take one rank minutes more."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Group:
     """A process group as the ops know it."""
 
@@ -25,30 +26,35 @@ class Group:
     backend: str
     """nccl or gloo."""
     timeout_seconds: float
-    calls: Iterator[int] = field(default_factory=itertools.count)
-    """Numbers the reductions; alike on all ranks, since they make the same calls."""
+    calls: int = 0
+    """Reductions so far; alike on all ranks, since they make the same calls."""
+    memory: SharedMemory | None = None
+    """What its GPUs share, once it is open; see `shared`."""
 
 
 _groups: dict[str, Group] = {}
 
-
-@atexit.register
-def _forget_groups() -> None:
-    """End the threads of the process groups before the interpreter, which would abort the process.
-
-    Modules with installed reductions refer to a mesh, and so to its groups, in cycles.
-    """
-    _groups.clear()
-    gc.collect()
+# A process group has threads, which must end before the interpreter does; else the process aborts at exit.
+atexit.register(_groups.clear)
 
 
 def register_group(name: str, handle: dist.ProcessGroup, timeout_seconds: float = TIMEOUT_SECONDS) -> str:
-    """Make `handle` known to the ops under `name`; returns the name."""
+    """Make `handle` known to the ops under `name`; returns the name. What it shares already, it keeps."""
+    known = _groups.get(name)
+    if known is not None and known.handle is handle:
+        known.timeout_seconds = timeout_seconds
+        return name
     _groups[name] = Group(
         name, handle, dist.get_rank(handle), dist.get_world_size(handle), dist.get_backend(handle),
         timeout_seconds,
     )  # fmt: skip
     return name
+
+
+def carrier(name: str) -> str:
+    """What carries the sums of a group, for people."""
+    group = _groups[name]
+    return group.backend if group.memory is None else f"shared memory and {group.backend}"
 
 
 def group_named(name: str) -> Group:

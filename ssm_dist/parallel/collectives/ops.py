@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from ssm_dist.kernels import add_rms_norm
-from ssm_dist.parallel.collectives.exchange import all_reduce, exchange
+from ssm_dist.parallel.collectives.exchange import all_reduce, exchange, exchange_add_rms_norm
+from ssm_dist.parallel.collectives.failures import Call
 from ssm_dist.parallel.collectives.groups import Group, group_named
 from ssm_dist.parallel.collectives.selection import choose
+from ssm_dist.parallel.collectives.tables import ON_THE_PROCESS_GROUP
 
 
 @torch.library.custom_op("ssm_dist::tp_all_reduce", mutates_args=())
@@ -18,7 +20,11 @@ def tp_all_reduce(
     codec, group_size: see `ssm_dist.kernels.codecs`; x must then be float32, bfloat16 or float16. algorithm:
     see `selection`. Raises `RankFailure` when a rank does not take part in time.
     """
-    return _reduced(x, group_named(group), codec, group_size, algorithm, "all-reduce")
+    ranks = group_named(group)
+    if ranks.size == 1 or x.numel() == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
+    return _reduced(rows, ranks, codec, group_size, algorithm, "all-reduce").view(x.shape)
 
 
 @tp_all_reduce.register_fake
@@ -35,8 +41,16 @@ def tp_all_reduce_add_rms_norm(
 
     The rest as in `tp_all_reduce`.
     """
-    whole = _reduced(partial, group_named(group), codec, group_size, algorithm, "all-reduce with norm")
-    return add_rms_norm(whole, residual, weight, eps)
+    ranks, name = group_named(group), "all-reduce with norm"
+    if ranks.size == 1 or partial.numel() == 0:
+        return add_rms_norm(partial.clone(), residual, weight, eps)
+    if ranks.memory is not None and partial.dtype == weight.dtype:
+        chosen = choose(ranks, partial, codec, group_size, algorithm, with_norm=True)
+        if chosen not in ON_THE_PROCESS_GROUP:
+            return ranks.memory.all_reduce_add_rms_norm(
+                partial, residual, weight, eps, chosen, codec, group_size
+            )
+    return add_rms_norm(_reduced(partial, ranks, codec, group_size, algorithm, name), residual, weight, eps)
 
 
 @tp_all_reduce_add_rms_norm.register_fake
@@ -48,10 +62,51 @@ def _(
     return partial.new_empty(partial.shape, dtype=weight.dtype), partial.new_empty(partial.shape, dtype=wide)
 
 
+@torch.library.custom_op("ssm_dist::tp_all_reduce_add_rms_norm_split", mutates_args=())
+def tp_all_reduce_add_rms_norm_split(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str, degree: int,
+    codec: str = "none", group_size: int = 128, algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `tp_all_reduce_add_rms_norm`, but each of the `degree` ranks keeps a stripe of the residual stream.
+
+    residual: whole (T, H), or this rank's stripe (ceil(T / degree), H). Returns the normed rows, whole and
+    the same bits on all ranks, and this rank's stripe of the new stream; its rows past T are undefined.
+    """
+    ranks = group_named(group)
+    assert ranks.size == degree
+    if choose(ranks, partial, codec, group_size, algorithm, with_norm=True) == "bulk":
+        assert ranks.memory is not None
+        return ranks.memory.split_add_rms_norm(partial, residual, weight, eps, codec, group_size)
+    call = Call.next(ranks, "all-reduce with norm", partial)
+    return exchange_add_rms_norm(partial, residual, weight, eps, call, codec, group_size)
+
+
+@tp_all_reduce_add_rms_norm_split.register_fake
+def _(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str, degree: int,
+    codec: str = "none", group_size: int = 128, algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rows, width = partial.shape
+    stripe = partial.new_empty(((rows + degree - 1) // degree, width), dtype=torch.float32)
+    return partial.new_empty(partial.shape, dtype=weight.dtype), stripe
+
+
+def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
+    """Whether it pays to keep the residual stream split: where long messages go over shared memory."""
+    ranks = group_named(group)
+    if ranks.memory is None or len(partial) < ranks.size:
+        return False
+    chosen = choose(ranks, partial, codec, group_size, algorithm, with_norm=True)
+    return chosen == "bulk" and ranks.memory.fits_in_one_block(partial, codec, group_size)
+
+
 def _reduced(x: Tensor, group: Group, codec: str, group_size: int, algorithm: str, name: str) -> Tensor:
-    if group.size == 1 or x.numel() == 0:
-        return x.clone(memory_format=torch.contiguous_format)
-    what = f"{name} of {tuple(x.shape)} {str(x.dtype)[6:]}"
-    if choose(group, codec, algorithm) == "all_reduce":
-        return all_reduce(x, group, what)
-    return exchange(x.reshape(-1, x.shape[-1]), group, codec, group_size, what).view(x.shape)
+    """The sum of every rank's x (rows, width)."""
+    call = Call.next(group, name, x)
+    chosen = choose(group, x, codec, group_size, algorithm)
+    if chosen == "all_reduce":
+        return all_reduce(x, call)
+    if chosen == "exchange":
+        return exchange(x, call, codec, group_size)
+    assert group.memory is not None
+    return group.memory.all_reduce(x, chosen, codec, group_size)

@@ -2,17 +2,31 @@
 
 The choice depends on static sizes and on a table that all ranks hold alike, so that they agree without
 talking; it is never measured while serving.
+
+    all_reduce    NCCL's or gloo's own, numbers as they are
+    exchange      two shots over the process group, with the codec
+    one_shot      over shared memory, for short messages: everybody sends to everybody, numbers as they are
+    two_shot      the same by way of owners of rows, for longer ones
+    bulk          over shared memory, for long messages, in two shots with the codec
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Literal
 
-from ssm_dist.kernels.codecs import CodecName
-from ssm_dist.parallel.collectives.groups import TIMEOUT_SECONDS, Group
+from torch import Tensor
 
-Algorithm = Literal["auto", "all_reduce", "exchange"]
+from ssm_dist.kernels.codecs import DTYPES, CodecName
+from ssm_dist.parallel.collectives.groups import TIMEOUT_SECONDS, Group
+from ssm_dist.parallel.collectives.tables import ON_THE_PROCESS_GROUP, SERVING, by_table
+
+Algorithm = Literal["auto", "process_group", "all_reduce", "exchange", "one_shot", "two_shot", "bulk"]
+"""auto goes by the table; process_group too, as if the GPUs shared no memory; the rest are as above."""
+
+logger = logging.getLogger(__name__)
+_announced: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -40,8 +54,34 @@ class Reductions:
 EXACT = Reductions()
 
 
-def choose(group: Group, codec: str, algorithm: str) -> str:
-    """The algorithm that serves a call."""
-    if algorithm != "auto":
-        return algorithm
-    return "all_reduce" if codec == "none" else "exchange"
+def choose(
+    group: Group, x: Tensor, codec: str, group_size: int, algorithm: str, with_norm: bool = False
+) -> str:
+    """The algorithm that serves a sum of x (rows, width), or one with residual and norm.
+
+    What was asked for, or what the table has, where it fits; else, with one log line, the next that does.
+    """
+    memory = None if algorithm == "process_group" else group.memory
+    if x.dtype not in DTYPES and codec == "none":
+        return "all_reduce"
+    asked = algorithm in SERVING
+    wanted = (
+        algorithm if asked else by_table("shared" if memory else group.backend, group.size, codec, x.nbytes)
+    )
+    for candidate in (wanted, "bulk"):
+        if candidate in ON_THE_PROCESS_GROUP:
+            return candidate
+        if memory is not None and memory.fits(candidate, x, codec, group_size, with_norm):
+            return candidate
+        _announce(
+            f"reductions: {candidate} cannot serve {tuple(x.shape)} of {str(x.dtype)[6:]}"
+            + ("" if memory else ", since the ranks share no memory")
+        )
+    return by_table(group.backend, group.size, codec, x.nbytes)
+
+
+def _announce(line: str) -> None:
+    """Log a line once a process."""
+    if line not in _announced:
+        _announced.add(line)
+        logger.info(line)

@@ -23,8 +23,8 @@ MIXER_PLAN: Plan = {
 
 MAMBA_PLAN: Plan = {
     "embedding": VocabParallelEmbedding(),
-    "layers.*.norm": ReduceAddNorm(),
+    "layers.*.norm": ReduceAddNorm(may_split=True),
     **MIXER_PLAN,
-    "final_norm": ReduceAddNorm(),
+    "final_norm": ReduceAddNorm(may_split=True),
     "head": VocabParallelHead(),
 }

@@ -1,0 +1,181 @@
+"""Memory that the GPUs of a group share, and sums over it.
+
+It is opened before anything is captured in a CUDA graph, one for each group. The reductions of a group run
+one after the other, on one stream or on several that wait for each other; two at a time need two groups.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssm_dist.kernels import add_rms_norm
+from ssm_dist.kernels.codecs import DTYPES
+from ssm_dist.kernels.triton_bulk import (
+    PROGRAMS,
+    BulkMemory,
+    bulk_bytes,
+    bulk_sum,
+    bulk_sum_add_rms_norm,
+    rows_that_fit,
+)
+from ssm_dist.kernels.triton_push import (
+    PushMemory,
+    push_bytes,
+    push_fits,
+    push_sum,
+    push_sum_add_rms_norm,
+)
+from ssm_dist.parallel.collectives.groups import Group, group_named
+
+LARGEST_REGION = 384 * 2**20
+"""Bytes; longer messages are summed block by block."""
+
+SMALLEST_SLOT = 4096
+SLOTS = {2: 1024, 3: 1024, 4: 1024}
+FEWER_SLOTS = 512
+"""Rows that can be sent by push: more ranks have more slots a row."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class SharedMemory:
+    """What the kernels need, and what keeps it alive."""
+
+    push: PushMemory
+    bulk: BulkMemory
+    error: Tensor
+    """(1,) int32 in pinned host memory: kernels write it, and the host reads it without waiting for them."""
+    handle: Any
+    """torch's symmetric memory, and the buffer."""
+
+    def holds(self, slots: int, slot_bytes: int, capacity: int) -> bool:
+        """Whether it is as large as that."""
+        as_many = slots <= self.push.slots
+        return as_many and slot_bytes <= self.push.slot_bytes and capacity <= self.bulk.capacity
+
+    def fits(self, algorithm: str, x: Tensor, codec: str, group_size: int, with_norm: bool) -> bool:
+        """Whether an algorithm can sum x (rows, width)."""
+        rows, width = x.shape
+        if algorithm in ("one_shot", "two_shot"):
+            return x.dtype in DTYPES and push_fits(rows, width * x.itemsize, self.push, with_norm)
+        return x.dtype in DTYPES and rows_that_fit(width, x.dtype, codec, group_size, self.bulk) > 0
+
+    def fits_in_one_block(self, x: Tensor, codec: str, group_size: int) -> bool:
+        """Whether one call of the kernel for long messages can sum x (rows, width)."""
+        return len(x) <= rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
+
+    def all_reduce(self, x: Tensor, algorithm: str, codec: str, group_size: int) -> Tensor:
+        """The sum of every rank's x (rows, width), which fits."""
+        x = _aligned(x)
+        if algorithm != "bulk":
+            return push_sum(x, self.push, two_shot=algorithm == "two_shot")
+        y = torch.empty_like(x)
+        most = rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
+        for rows, into in zip(x.split(most), y.split(most), strict=True):
+            bulk_sum(rows, codec, group_size, self.bulk, y=into)
+        return y
+
+    def all_reduce_add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, algorithm: str, codec: str,
+        group_size: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`kernels.add_rms_norm` of the sum."""
+        if algorithm == "bulk":
+            return add_rms_norm(self.all_reduce(x, "bulk", codec, group_size), residual, weight, eps)
+        residual = None if residual is None else _aligned(residual)
+        two_shot = algorithm == "two_shot"
+        return push_sum_add_rms_norm(_aligned(x), residual, weight, eps, self.push, two_shot)
+
+    def split_add_rms_norm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int
+    ) -> tuple[Tensor, Tensor]:
+        """`bulk_sum_add_rms_norm`, for rows that fit in one block."""
+        residual = None if residual is None else _aligned(residual)
+        return bulk_sum_add_rms_norm(_aligned(x), residual, weight, eps, codec, group_size, self.bulk)
+
+
+def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: torch.device) -> bool:
+    """Share memory among the ranks of a group; they call it alike. False, with a log line, where they cannot.
+
+    row_bytes, message_bytes: of the longest row, and of the longest message that should go in one piece.
+    """
+    group = group_named(name)
+    sizes = _sizes(group.size, row_bytes, message_bytes)
+    if group.memory is not None and group.memory.holds(*sizes):
+        return True
+    reason = _reason_against(group, device)
+    if reason is None:
+        group.memory = _open(group, *sizes, device)
+        return True
+    logger.info("reductions: NCCL serves all of them, since %s", reason)
+    return False
+
+
+def shared_bytes(ranks: int, row_bytes: int, message_bytes: int) -> int:
+    """What `open_shared_memory` takes on every rank."""
+    slots, slot_bytes, capacity = _sizes(ranks, row_bytes, message_bytes)
+    return bulk_bytes(ranks, capacity) + push_bytes(ranks, slots, slot_bytes)
+
+
+def _sizes(ranks: int, row_bytes: int, message_bytes: int) -> tuple[int, int, int]:
+    slot_bytes = max(SMALLEST_SLOT, -(-row_bytes // 128) * 128)
+    padding = ranks * (row_bytes + 16) + message_bytes // row_bytes * 16
+    capacity = min(LARGEST_REGION, -(-(message_bytes + padding) // 128) * 128)
+    return SLOTS.get(ranks, FEWER_SLOTS), slot_bytes, capacity
+
+
+def _open(group: Group, slots: int, slot_bytes: int, capacity: int, device: torch.device) -> SharedMemory:
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    bulk = bulk_bytes(group.size, capacity)
+    buffer = symmetric_memory.empty(
+        bulk + push_bytes(group.size, slots, slot_bytes), dtype=torch.uint8, device=device
+    )
+    buffer[:bulk].zero_()
+    buffer[bulk:].fill_(0xFF)
+    handle = symmetric_memory.rendezvous(buffer, group.handle)
+    addresses = list(handle.buffer_ptrs)
+    around = addresses[group.rank + 1 :] + addresses[: group.rank + 1]
+    error = torch.zeros(1, dtype=torch.int32).pin_memory()
+    limit = int(group.timeout_seconds * 1e9)
+    counters = torch.zeros(slots, dtype=torch.int32, device=device)
+    epochs = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
+    torch.cuda.synchronize(device)
+    dist.barrier(group.handle)  # nobody sends before all are ready
+    torch.cuda.synchronize(device)
+    return SharedMemory(
+        PushMemory(group.rank, tuple(a + bulk for a in around), counters, error, slot_bytes, limit),
+        BulkMemory(group.rank, tuple(around), epochs, error, capacity, limit),
+        error,
+        (handle, buffer),
+    )
+
+
+def _reason_against(group: Group, device: torch.device) -> str | None:
+    """Why the ranks cannot share memory, the same on all of them; None where they can."""
+    here = (socket.gethostname(), device.index)
+    everybody: list[Any] = [None] * group.size
+    dist.all_gather_object(everybody, here, group=group.handle)
+    if len({host for host, _ in everybody}) > 1:
+        return "the ranks are on several hosts"
+    visible = torch.cuda.device_count()
+    others = {index for _, index in everybody if index != device.index and index < visible}
+    blind = [index for index in sorted(others) if not torch.cuda.can_device_access_peer(device, index)]
+    found: list[Any] = [None] * group.size
+    dist.all_gather_object(found, blind, group=group.handle)
+    pairs = [f"{own} to {other}" for (_, own), seen in zip(everybody, found, strict=True) for other in seen]
+    return f"GPUs have no access to each other's memory ({', '.join(pairs)})" if pairs else None
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, contiguous and at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
