@@ -60,7 +60,9 @@ class Tokenizer:
         Unicode text (half of a surrogate pair).
         """
         try:
-            return self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+            # a batch of one, since only batches can leave out the places in the text, half of the time
+            (encoded,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+            return encoded.ids
         except TypeError as error:
             raise UserError(f"a prompt cannot be tokenised, is it Unicode text? {error}") from error
 

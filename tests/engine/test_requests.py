@@ -1,0 +1,28 @@
+"""Requests on their way to other ranks: what arrives is what was sent."""
+
+from __future__ import annotations
+
+import json
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ssm_dist.requests import Request, request_fields, request_of
+from ssm_dist.sampling.params import SamplingParams
+
+PARAMS = st.builds(
+    SamplingParams,
+    max_new_tokens=st.integers(1, 9),
+    temperature=st.floats(0.1, 2),
+    seed=st.integers(0, 2**64 - 1),
+    stop=st.lists(st.text("äb\n", min_size=1, max_size=3), max_size=2).map(tuple),
+)
+REQUESTS = st.builds(
+    Request, st.integers(0, 2**40), st.none() | st.text(), st.lists(st.integers(0, 2**32 - 1)), PARAMS,
+    st.none() | st.text(),
+)  # fmt: skip
+
+
+@given(REQUESTS)
+def test_a_request_survives_its_way_as_json(request):
+    assert request_of(json.loads(json.dumps(request_fields(request)))) == request
