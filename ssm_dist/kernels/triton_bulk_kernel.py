@@ -128,7 +128,8 @@ def _collect(
             tl.store(y + row[:, None] * width + column[None, :], value.to(DTYPE), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rank", "residual_row"])  # the same code on all ranks: so their bits agree
+# rank: the same code on all ranks, so that their bits agree; the others: nothing to gain from compiling again
+@triton.jit(do_not_specialize=["rank", "residual_row", "rows", "stripe"])
 def bulk_kernel(
     x, residual, weight, y, total, eps,
     rows, width, halves, stripe, residual_row, row_bytes, scales_at,

@@ -135,7 +135,7 @@ def load_decoded(
     return x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _encode_kernel(
     x, encoded, rows, width, halves, x_row, row_bytes, scales_at,
     CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -151,7 +151,7 @@ def _encode_kernel(
     store_quantised(at, row < rows, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _sum_kernel(
     parts, total, rows, width, halves, row_bytes, scales_at,
     RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
@@ -170,7 +170,7 @@ def _sum_kernel(
     store_quantised(to, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _decode_kernel(
     encoded, x, rows, width, halves, row_bytes, scales_at,
     CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,

@@ -78,7 +78,8 @@ def tile_of(a0, a1, b0, b1, c0, c1, d0, d1, DTYPE: tl.constexpr):
     return tile
 
 
-@triton.jit(do_not_specialize=["rank"])  # the same code on all ranks, so that their bits agree
+# rank: the same code on all ranks, so that their bits agree; the others: nothing to gain from compiling again
+@triton.jit(do_not_specialize=["rank", "chunks", "all_chunks"])
 def _push_sum_kernel(
     x, residual, weight, y, total, eps, chunks, all_chunks,
     rank, peers, counters, error, limit, slots, slot_bytes,

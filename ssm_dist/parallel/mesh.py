@@ -45,6 +45,20 @@ class TensorParallel:
             _subgroups[self.mesh][span] = register_group(name, group, self.reductions.timeout_seconds)
         return name
 
+    def host_group(self) -> str:
+        """Name of a group of all ranks whose messages stay in host memory; all ranks must ask alike.
+
+        What the hosts tell each other must not wait for the GPUs, as messages over NCCL do.
+        """
+        if dist.get_backend(self.mesh.get_group()) == "gloo":
+            return self.group
+        name = f"{self.group}/host"
+        if self.mesh not in _host_groups:
+            ranks = dist.get_process_group_ranks(self.mesh.get_group())
+            group = dist.new_group(ranks, backend="gloo")
+            _host_groups[self.mesh] = register_group(name, group, self.reductions.timeout_seconds)
+        return name
+
     def share_memory(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
         """Let the GPUs of every group share memory, for sums of up to `tokens` rows of `width` numbers.
 
@@ -58,3 +72,4 @@ class TensorParallel:
 
 
 _subgroups: dict[DeviceMesh, dict[int, str]] = {}
+_host_groups: dict[DeviceMesh, str] = {}

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 
 from ssm_dist.errors import UserError
-from ssm_dist.parallel.collectives import selection, tables
+from ssm_dist.parallel.collectives import ops, tables
 from ssm_dist.parallel.collectives.groups import Group
 from ssm_dist.parallel.collectives.selection import choose
-
-
-@pytest.fixture(autouse=True)
-def fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selection, "_announced", set())
 
 
 def group(
@@ -69,18 +64,24 @@ def test_what_is_asked_for_serves_where_it_fits(algorithm: str) -> None:
     assert choose(group(2), message(5120), "int8", 128, algorithm) == algorithm
 
 
-@pytest.mark.parametrize(
-    ("fits", "expected"), [(("bulk",), "bulk"), ((), "all_reduce"), (None, "all_reduce")]
-)
-def test_what_does_not_fit_goes_another_way_with_one_log_line(
-    fits: tuple[str, ...] | None, expected: str, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("fits", [("bulk",), (), None])
+def test_what_is_asked_for_and_does_not_fit_goes_another_way(fits: tuple[str, ...] | None) -> None:
+    expected = "bulk" if fits else "all_reduce"
+    assert choose(group(2, "nccl", fits), message(5120), "none", 128, "one_shot") == expected
+
+
+def test_it_says_so_in_one_line_whatever_the_shapes(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with caplog.at_level(logging.INFO, logger=selection.logger.name):
-        for _ in range(3):
-            assert choose(group(2, "nccl", fits), message(5120), "none", 128, "one_shot") == expected
-    assert (
-        len([line for line in caplog.messages if line.startswith("reductions: one_shot cannot serve")]) == 1
-    )
+    monkeypatch.setattr(ops, "_announced", set())
+    with caplog.at_level(logging.INFO, logger=ops.logger.name):
+        for size in (5120, 51200, 512000):
+            ops._chosen(group(2, "nccl", None), message(size), "none", 128, "one_shot")
+            ops._chosen(group(2, "nccl", None), message(size), "none", 128, "auto")
+    assert caplog.messages == [
+        "reductions: all_reduce serves where one_shot cannot, as for (1, 2560) of torch.bfloat16, "
+        "since the ranks share no memory"
+    ]
 
 
 def test_integers_and_float64_are_summed_as_they_are() -> None:

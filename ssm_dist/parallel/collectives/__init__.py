@@ -1,4 +1,4 @@
-"""Reductions over ranks, as opaque custom ops: eager code, torch.compile and CUDA graphs all take them.
+"""Reductions over ranks, as opaque operators: eager code, torch.compile and CUDA graphs all take them.
 
 A group travels as a string, since an op takes no process group; `register_group` gives it its name.
 
@@ -12,7 +12,7 @@ A group travels as a string, since an op takes no process group; `register_group
     failures      bounded waits, and which rank is to blame
 """
 
-from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device
+from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device, wait_for_event
 from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max
 from ssm_dist.parallel.collectives.groups import carrier, register_group
 from ssm_dist.parallel.collectives.ops import (
@@ -38,4 +38,5 @@ __all__ = [
     "tp_all_reduce_add_rms_norm",
     "tp_all_reduce_add_rms_norm_split",
     "wait_for_device",
+    "wait_for_event",
 ]

@@ -1,7 +1,8 @@
 """Bounded waits, and whom to blame when one ends without the others.
 
-A rank that has waited for a second says so in the group's store. Whoever gives up looks there: a rank that
-does not wait at the same reduction has died, or is held up elsewhere.
+A rank that has waited for a second says so in the group's store, and takes it back when the wait ends.
+Whoever gives up looks there: a rank that does not wait at the same reduction has died, or is held up
+elsewhere.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
-from ssm_dist.parallel.collectives.groups import Group, group_named
+from ssm_dist.parallel.collectives.groups import Group, group_named, group_with_parts
 
 SLICE = 1.0
 """Seconds after which a waiting rank says so."""
@@ -43,59 +44,69 @@ class Call:
     what: str
 
     @classmethod
-    def next(cls, group: Group, name: str, x: torch.Tensor) -> Call:
-        """Number the reduction of x that begins."""
-        group.calls += 1
+    def of(cls, group: Group, name: str, x: torch.Tensor) -> Call:
+        """The group's latest reduction, of x."""
         return cls(group, group.calls, f"{name} of {tuple(x.shape)} {str(x.dtype)[6:]}")
 
 
 def wait(work: dist.Work, call: Call) -> None:
     """Block until gloo's `work` is done, at most the group's timeout. Raises `RankFailure`."""
-    limit = call.group.timeout_seconds
+    limit, said = call.group.timeout_seconds, False
     deadline = time.monotonic() + limit
     while True:
         try:
             work.wait(timedelta(seconds=max(0.001, min(SLICE, deadline - time.monotonic()))))
-            return
         except RuntimeError as error:
-            _say_that_it_waits(call)
+            _say(call, waits=True)
+            said = True
             failed = work.is_completed()
             if failed or time.monotonic() >= deadline:
                 raise _failure(call, str(error) if failed else f"nothing for {limit:g} s") from error
+        else:
+            break
+    if said:
+        _say(call, waits=False)
 
 
 def wait_for_device(name: str, device: torch.device) -> None:
-    """Wait until a device has done all that it was given, at most the timeout of the named group.
+    """`wait_for_event` for all that a device was given so far. On a CPU nothing is ever left to do."""
+    if device.type == "cuda":
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        wait_for_event(name, done)
+
+
+def wait_for_event(name: str, event: torch.cuda.Event) -> None:
+    """Wait until a device has reached an event, at most the timeout of the named group.
 
     To be called before a step's results are read, where another rank's failure would leave this one waiting
-    for ever. Raises `RankFailure`. On a CPU nothing is ever left to do.
+    for ever, or with results of no use. Raises `RankFailure`.
     """
-    if device.type != "cuda":
-        return
     group = group_named(name)
     call = Call(group, group.calls, "a step")
-    done = torch.cuda.Event()
-    done.record(torch.cuda.current_stream(device))
-    begun = said = time.monotonic()
-    while not done.query():
-        now = time.monotonic()
-        if now - said > SLICE:
-            _say_that_it_waits(call)
-            said = now
-        if now - begun > group.timeout_seconds + GRACE:
+    begun, said = time.monotonic(), 0.0
+    while not event.query():
+        waited = time.monotonic() - begun
+        if waited - said > SLICE:
+            _say(call, waits=True)
+            said = waited
+        if waited > group.timeout_seconds + GRACE:
             raise _failure(call, f"nothing for {group.timeout_seconds:g} s")
-        time.sleep(0.0 if now - begun < BUSY else 1e-4)
-    _raise_failed_wait(call)
+        time.sleep(0.0 if waited < BUSY else 1e-4)
+    _raise_failed_waits(name)
+    if said:
+        _say(call, waits=False)
 
 
-def _raise_failed_wait(call: Call) -> None:
-    """Raise if a kernel over shared memory has waited in vain; its word is in the host's memory."""
-    group = call.group
-    word = 0 if group.memory is None else int(group.memory.error)
-    if word:
-        _say_that_it_waits(call)
-        source = f"rank {word % 64} for {group.timeout_seconds:g} s"
-        raise _failure(call, f"{ALGORITHMS[word // 64]} over shared memory got nothing from {source}")
+def _raise_failed_waits(name: str) -> None:
+    """Raise if a kernel over memory that a group, or a part of it, shares has waited in vain."""
+    for group in group_with_parts(name):
+        word = 0 if group.memory is None else int(group.memory.error)  # in the host's memory
+        if word:
+            call = Call(group, group.calls, "a step")
+            _say(call, waits=True)
+            source = f"rank {word % 64} for {group.timeout_seconds:g} s"
+            raise _failure(call, f"{ALGORITHMS[word // 64]} over shared memory got nothing from {source}")
 
 
 def _failure(call: Call, reason: str) -> RankFailure:
@@ -111,9 +122,10 @@ def _failure(call: Call, reason: str) -> RankFailure:
     )
 
 
-def _say_that_it_waits(call: Call) -> None:
+def _say(call: Call, waits: bool) -> None:
+    """Tell the others that this rank waits, or no longer does."""
     store = _get_process_group_store(call.group.handle)
-    store.set(f"{call.group.name} waiting {call.group.rank}", str(call.number))
+    store.set(f"{call.group.name} waiting {call.group.rank}", str(call.number if waits else -1))
 
 
 def _waits(call: Call, rank: int) -> bool:

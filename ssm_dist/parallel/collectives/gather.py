@@ -4,23 +4,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssm_dist.kernels.operators import operator
 from ssm_dist.parallel.collectives.groups import group_named
 
 # torch 2.13 deprecates the name that 2.11 has
 all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 
-@torch.library.custom_op("ssm_dist::tp_all_gather", mutates_args=())
+def _like_gathered(x: Tensor, group: str, degree: int) -> Tensor:
+    return x.new_empty((x.shape[0], degree * x.shape[1]))
+
+
+@operator("tp_all_gather", fake=_like_gathered)
 def tp_all_gather(x: Tensor, group: str, degree: int) -> Tensor:
     """Every rank's columns side by side, in rank order: x (rows, C) -> (rows, degree * C)."""
     parts = x.new_empty((degree * x.shape[0], x.shape[1]))
     all_gather(parts, x.contiguous(), group=group_named(group).handle)
     return parts.unflatten(0, (degree, -1)).transpose(0, 1).flatten(1)
-
-
-@tp_all_gather.register_fake
-def _(x: Tensor, group: str, degree: int) -> Tensor:
-    return x.new_empty((x.shape[0], degree * x.shape[1]))
 
 
 def tp_all_max(x: Tensor, group: str) -> Tensor:

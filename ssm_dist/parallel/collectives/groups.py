@@ -60,3 +60,8 @@ def carrier(name: str) -> str:
 def group_named(name: str) -> Group:
     """The group that was registered under `name`."""
     return _groups[name]
+
+
+def group_with_parts(name: str) -> list[Group]:
+    """The group of that name, and those of some of its ranks that this one is in."""
+    return [group for known, group in _groups.items() if known == name or known.startswith(f"{name}/")]

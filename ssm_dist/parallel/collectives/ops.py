@@ -1,17 +1,30 @@
-"""The reductions as opaque custom ops."""
+"""The reductions as operators that torch.compile does not look into."""
+
+import logging
 
 import torch
 from torch import Tensor
 
 from ssm_dist.kernels import add_rms_norm
+from ssm_dist.kernels.operators import operator
 from ssm_dist.parallel.collectives.exchange import all_reduce, exchange, exchange_add_rms_norm
 from ssm_dist.parallel.collectives.failures import Call
 from ssm_dist.parallel.collectives.groups import Group, group_named
 from ssm_dist.parallel.collectives.selection import choose
-from ssm_dist.parallel.collectives.tables import ON_THE_PROCESS_GROUP
+from ssm_dist.parallel.collectives.tables import ON_THE_PROCESS_GROUP, SERVING
+
+logger = logging.getLogger(__name__)
+_announced: set[tuple[str, str]] = set()
+"""What was asked for, and what serves in its place."""
 
 
-@torch.library.custom_op("ssm_dist::tp_all_reduce", mutates_args=())
+def _like_sum(
+    x: Tensor, group: str, codec: str = "none", group_size: int = 128, algorithm: str = "auto"
+) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+@operator("tp_all_reduce", fake=_like_sum)
 def tp_all_reduce(
     x: Tensor, group: str, codec: str = "none", group_size: int = 128, algorithm: str = "auto"
 ) -> Tensor:
@@ -23,16 +36,20 @@ def tp_all_reduce(
     ranks = group_named(group)
     if ranks.size == 1 or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
+    ranks.calls += 1
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     return _reduced(rows, ranks, codec, group_size, algorithm, "all-reduce").view(x.shape)
 
 
-@tp_all_reduce.register_fake
-def _(x: Tensor, group: str, codec: str = "none", group_size: int = 128, algorithm: str = "auto") -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+def _like_normed(
+    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str,
+    codec: str = "none", group_size: int = 128, algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    wide = torch.promote_types(partial.dtype, torch.float32)
+    return partial.new_empty(partial.shape, dtype=weight.dtype), partial.new_empty(partial.shape, dtype=wide)
 
 
-@torch.library.custom_op("ssm_dist::tp_all_reduce_add_rms_norm", mutates_args=())
+@operator("tp_all_reduce_add_rms_norm", fake=_like_normed)
 def tp_all_reduce_add_rms_norm(
     partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str,
     codec: str = "none", group_size: int = 128, algorithm: str = "auto",
@@ -44,8 +61,9 @@ def tp_all_reduce_add_rms_norm(
     ranks, name = group_named(group), "all-reduce with norm"
     if ranks.size == 1 or partial.numel() == 0:
         return add_rms_norm(partial.clone(), residual, weight, eps)
+    ranks.calls += 1
     if ranks.memory is not None and partial.dtype == weight.dtype:
-        chosen = choose(ranks, partial, codec, group_size, algorithm, with_norm=True)
+        chosen = _chosen(ranks, partial, codec, group_size, algorithm, with_norm=True)
         if chosen not in ON_THE_PROCESS_GROUP:
             return ranks.memory.all_reduce_add_rms_norm(
                 partial, residual, weight, eps, chosen, codec, group_size
@@ -53,16 +71,16 @@ def tp_all_reduce_add_rms_norm(
     return add_rms_norm(_reduced(partial, ranks, codec, group_size, algorithm, name), residual, weight, eps)
 
 
-@tp_all_reduce_add_rms_norm.register_fake
-def _(
-    partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str,
+def _like_normed_split(
+    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str, degree: int,
     codec: str = "none", group_size: int = 128, algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    wide = torch.promote_types(partial.dtype, torch.float32)
-    return partial.new_empty(partial.shape, dtype=weight.dtype), partial.new_empty(partial.shape, dtype=wide)
+    rows, width = partial.shape
+    stripe = partial.new_empty(((rows + degree - 1) // degree, width), dtype=torch.float32)
+    return partial.new_empty(partial.shape, dtype=weight.dtype), stripe
 
 
-@torch.library.custom_op("ssm_dist::tp_all_reduce_add_rms_norm_split", mutates_args=())
+@operator("tp_all_reduce_add_rms_norm_split", fake=_like_normed_split)
 def tp_all_reduce_add_rms_norm_split(
     partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str, degree: int,
     codec: str = "none", group_size: int = 128, algorithm: str = "auto",
@@ -74,21 +92,12 @@ def tp_all_reduce_add_rms_norm_split(
     """
     ranks = group_named(group)
     assert ranks.size == degree
-    if choose(ranks, partial, codec, group_size, algorithm, with_norm=True) == "bulk":
+    ranks.calls += 1
+    if _chosen(ranks, partial, codec, group_size, algorithm, with_norm=True) == "bulk":
         assert ranks.memory is not None
         return ranks.memory.split_add_rms_norm(partial, residual, weight, eps, codec, group_size)
-    call = Call.next(ranks, "all-reduce with norm", partial)
+    call = Call.of(ranks, "all-reduce with norm", partial)
     return exchange_add_rms_norm(partial, residual, weight, eps, call, codec, group_size)
-
-
-@tp_all_reduce_add_rms_norm_split.register_fake
-def _(
-    partial: Tensor, residual: Tensor, weight: Tensor, eps: float, group: str, degree: int,
-    codec: str = "none", group_size: int = 128, algorithm: str = "auto",
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    rows, width = partial.shape
-    stripe = partial.new_empty(((rows + degree - 1) // degree, width), dtype=torch.float32)
-    return partial.new_empty(partial.shape, dtype=weight.dtype), stripe
 
 
 def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
@@ -102,11 +111,24 @@ def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, al
 
 def _reduced(x: Tensor, group: Group, codec: str, group_size: int, algorithm: str, name: str) -> Tensor:
     """The sum of every rank's x (rows, width)."""
-    call = Call.next(group, name, x)
-    chosen = choose(group, x, codec, group_size, algorithm)
+    chosen = _chosen(group, x, codec, group_size, algorithm)
     if chosen == "all_reduce":
-        return all_reduce(x, call)
+        return all_reduce(x, Call.of(group, name, x))
     if chosen == "exchange":
-        return exchange(x, call, codec, group_size)
+        return exchange(x, Call.of(group, name, x), codec, group_size)
     assert group.memory is not None
     return group.memory.all_reduce(x, chosen, codec, group_size)
+
+
+def _chosen(
+    group: Group, x: Tensor, codec: str, group_size: int, algorithm: str, with_norm: bool = False
+) -> str:
+    """As `choose`; what was asked for and cannot serve is logged once."""
+    chosen = choose(group, x, codec, group_size, algorithm, with_norm)
+    if chosen != algorithm and algorithm in SERVING and (algorithm, chosen) not in _announced:
+        _announced.add((algorithm, chosen))
+        logger.info(
+            "reductions: %s serves where %s cannot, as for %s of %s%s", chosen, algorithm, tuple(x.shape),
+            x.dtype, "" if group.memory else ", since the ranks share no memory",
+        )  # fmt: skip
+    return chosen

@@ -12,7 +12,6 @@ talking; it is never measured while serving.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,9 +23,6 @@ from ssm_dist.parallel.collectives.tables import ON_THE_PROCESS_GROUP, SERVING, 
 
 Algorithm = Literal["auto", "process_group", "all_reduce", "exchange", "one_shot", "two_shot", "bulk"]
 """auto goes by the table; process_group too, as if the GPUs shared no memory; the rest are as above."""
-
-logger = logging.getLogger(__name__)
-_announced: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -59,29 +55,17 @@ def choose(
 ) -> str:
     """The algorithm that serves a sum of x (rows, width), or one with residual and norm.
 
-    What was asked for, or what the table has, where it fits; else, with one log line, the next that does.
+    What was asked for, or what the table has, where it fits; else the next that does.
     """
     memory = None if algorithm == "process_group" else group.memory
     if x.dtype not in DTYPES and codec == "none":
         return "all_reduce"
-    asked = algorithm in SERVING
-    wanted = (
-        algorithm if asked else by_table("shared" if memory else group.backend, group.size, codec, x.nbytes)
-    )
+    wanted = algorithm
+    if algorithm not in SERVING:
+        wanted = by_table("shared" if memory else group.backend, group.size, codec, x.nbytes)
     for candidate in (wanted, "bulk"):
         if candidate in ON_THE_PROCESS_GROUP:
             return candidate
         if memory is not None and memory.fits(candidate, x, codec, group_size, with_norm):
             return candidate
-        _announce(
-            f"reductions: {candidate} cannot serve {tuple(x.shape)} of {str(x.dtype)[6:]}"
-            + ("" if memory else ", since the ranks share no memory")
-        )
     return by_table(group.backend, group.size, codec, x.nbytes)
-
-
-def _announce(line: str) -> None:
-    """Log a line once a process."""
-    if line not in _announced:
-        _announced.add(line)
-        logger.info(line)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class SharedMemory:
         as_many = slots <= self.push.slots
         return as_many and slot_bytes <= self.push.slot_bytes and capacity <= self.bulk.capacity
 
+    def with_limit(self, seconds: float) -> SharedMemory:
+        """The same memory, with waits of at most so long."""
+        limit = _nanoseconds(seconds)
+        return replace(self, push=replace(self.push, limit=limit), bulk=replace(self.bulk, limit=limit))
+
     def fits(self, algorithm: str, x: Tensor, codec: str, group_size: int, with_norm: bool) -> bool:
         """Whether an algorithm can sum x (rows, width)."""
         rows, width = x.shape
@@ -110,13 +115,14 @@ def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: to
     group = group_named(name)
     sizes = _sizes(group.size, row_bytes, message_bytes)
     if group.memory is not None and group.memory.holds(*sizes):
+        group.memory = group.memory.with_limit(group.timeout_seconds)
         return True
     reason = _reason_against(group, device)
     if reason is None:
-        group.memory = _open(group, *sizes, device)
-        return True
-    logger.info("reductions: NCCL serves all of them, since %s", reason)
-    return False
+        group.memory, reason = _open(group, *sizes, device)
+    if reason is not None:
+        logger.info("reductions: NCCL serves all of them, since %s", reason)
+    return reason is None
 
 
 def shared_bytes(ranks: int, row_bytes: int, message_bytes: int) -> int:
@@ -132,45 +138,60 @@ def _sizes(ranks: int, row_bytes: int, message_bytes: int) -> tuple[int, int, in
     return SLOTS.get(ranks, FEWER_SLOTS), slot_bytes, capacity
 
 
-def _open(group: Group, slots: int, slot_bytes: int, capacity: int, device: torch.device) -> SharedMemory:
-    import torch.distributed._symmetric_memory as symmetric_memory
-
-    bulk = bulk_bytes(group.size, capacity)
-    buffer = symmetric_memory.empty(
-        bulk + push_bytes(group.size, slots, slot_bytes), dtype=torch.uint8, device=device
-    )
-    buffer[:bulk].zero_()
-    buffer[bulk:].fill_(0xFF)
-    handle = symmetric_memory.rendezvous(buffer, group.handle)
-    addresses = list(handle.buffer_ptrs)
+def _open(
+    group: Group, slots: int, slot_bytes: int, capacity: int, device: torch.device
+) -> tuple[SharedMemory | None, str | None]:
+    """The memory; or None and why not, on all ranks alike."""
+    at_push, size = bulk_bytes(group.size, capacity), push_bytes(group.size, slots, slot_bytes)
+    handle, problem = _rendezvous(group, at_push, size, device)
+    problems = [p for p in _everybodys(group, problem) if p is not None]  # nobody sends before all are ready
+    if problems:
+        return None, f"memory cannot be shared ({problems[0]})"
+    addresses = list(handle[0].buffer_ptrs)
     around = addresses[group.rank + 1 :] + addresses[: group.rank + 1]
     error = torch.zeros(1, dtype=torch.int32).pin_memory()
-    limit = int(group.timeout_seconds * 1e9)
     counters = torch.zeros(slots, dtype=torch.int32, device=device)
     epochs = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-    torch.cuda.synchronize(device)
-    dist.barrier(group.handle)  # nobody sends before all are ready
-    torch.cuda.synchronize(device)
-    return SharedMemory(
-        PushMemory(group.rank, tuple(a + bulk for a in around), counters, error, slot_bytes, limit),
-        BulkMemory(group.rank, tuple(around), epochs, error, capacity, limit),
-        error,
-        (handle, buffer),
-    )
+    limit = _nanoseconds(group.timeout_seconds)
+    push = PushMemory(group.rank, tuple(a + at_push for a in around), counters, error, slot_bytes, limit)
+    bulk = BulkMemory(group.rank, tuple(around), epochs, error, capacity, limit)
+    return SharedMemory(push, bulk, error, handle), None
+
+
+def _rendezvous(group: Group, bulk: int, push: int, device: torch.device) -> tuple[Any, str | None]:
+    """torch's symmetric memory with its buffer, both parts ready for use; or None and what went wrong."""
+    import torch.distributed._symmetric_memory as symmetric_memory
+
+    try:
+        buffer = symmetric_memory.empty(bulk + push, dtype=torch.uint8, device=device)
+        buffer[:bulk].zero_()
+        buffer[bulk:].fill_(0xFF)
+        torch.cuda.synchronize(device)
+        return (symmetric_memory.rendezvous(buffer, group.handle), buffer), None
+    except RuntimeError as error:  # an old driver, a container without the rights, no memory left
+        return None, str(error).splitlines()[0]
+
+
+def _nanoseconds(seconds: float) -> int:
+    return int(seconds * 1e9)
+
+
+def _everybodys(group: Group, mine: Any) -> list[Any]:
+    """What every rank gives."""
+    everybody: list[Any] = [None] * group.size
+    dist.all_gather_object(everybody, mine, group=group.handle)
+    return everybody
 
 
 def _reason_against(group: Group, device: torch.device) -> str | None:
     """Why the ranks cannot share memory, the same on all of them; None where they can."""
-    here = (socket.gethostname(), device.index)
-    everybody: list[Any] = [None] * group.size
-    dist.all_gather_object(everybody, here, group=group.handle)
+    everybody = _everybodys(group, (socket.gethostname(), device.index))
     if len({host for host, _ in everybody}) > 1:
         return "the ranks are on several hosts"
     visible = torch.cuda.device_count()
     others = {index for _, index in everybody if index != device.index and index < visible}
     blind = [index for index in sorted(others) if not torch.cuda.can_device_access_peer(device, index)]
-    found: list[Any] = [None] * group.size
-    dist.all_gather_object(found, blind, group=group.handle)
+    found = _everybodys(group, blind)
     pairs = [f"{own} to {other}" for (_, own), seen in zip(everybody, found, strict=True) for other in seen]
     return f"GPUs have no access to each other's memory ({', '.join(pairs)})" if pairs else None
 
