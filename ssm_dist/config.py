@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
 
 from ssm_dist.errors import UserError
@@ -122,8 +122,9 @@ class CacheConfig(Section):
 
 
 class CompileConfig(Section):
-    mode: Literal["none"] = "none"
-    """How the decode step is compiled; none runs it eagerly."""
+    mode: Literal["auto", "none", "capture", "compile"] = "auto"
+    """capture replays steps from CUDA graphs; compile passes the decode step through torch.compile first; none
+    runs steps as they are written; auto is capture on a GPU, else none."""
 
 
 class PrefillConfig(Section):
@@ -152,13 +153,25 @@ class OutputConfig(Section):
 
 class BenchmarkConfig(Section):
     batches: tuple[int, ...] = ()
-    """Sequences that run together, one case each; naming any turns the job into a benchmark."""
+    """Sequences that run together; naming any, or any cases, turns the job into a benchmark."""
 
     prompt_tokens: tuple[int, ...] = (2048,)
     """Lengths of the prompts, of random tokens; every batch is run with each."""
 
-    new_tokens: int = Field(128, strict=True, ge=2)
-    """Tokens generated after each prompt."""
+    new_tokens: tuple[int, ...] = (128,)
+    """Tokens generated after each prompt; every batch and length is run with each. 1 is prefill alone."""
+
+    cases: tuple[str, ...] = ()
+    """Cases besides that grid, written BxP+G: "64x2048+128" is 64 prompts of 2048 tokens, 128 new each."""
+
+    models: tuple[str, ...] = ()
+    """Presets to run one after the other, in place of the one of [model]."""
+
+    codecs: tuple[Literal["none", "int8", "fp8", "int4"], ...] = ()
+    """The same for reduction.codec."""
+
+    backends: tuple[Literal["auto", "reference", "triton", "mamba_ssm"], ...] = ()
+    """The same for kernels.backend."""
 
     repeats: int = Field(3, strict=True, ge=1)
     """Measured runs of a case; medians are reported."""
@@ -166,8 +179,34 @@ class BenchmarkConfig(Section):
     warmup: int = Field(1, strict=True, ge=0)
     """Runs of a case before those."""
 
+    breakdown: bool = True
+    """Profile every case once more after all are timed: launches, time in kernels and in reductions."""
+
+    profile: Path | None = None
+    """Write a trace of the first case here, its prefill and some decode steps on rank 0, for Perfetto."""
+
     folder: Path | None = None
-    """Write report.json and report.md here."""
+    """Write report.json and report.md here, with plots; report.json after every case already."""
+
+    commit: str | None = None
+    """What is measured, for the report; by default git tells."""
+
+    @field_validator("new_tokens", mode="before")
+    @classmethod
+    def _takes_one_number_for_many(cls, value: Any) -> Any:
+        return (value,) if type(value) is int else value
+
+    @field_validator("batches", "prompt_tokens", "new_tokens")
+    @classmethod
+    def _counts_from_one(cls, counts: tuple[int, ...]) -> tuple[int, ...]:
+        if min(counts, default=1) < 1:
+            raise ValueError("every number must be at least 1")
+        return counts
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the job is a benchmark."""
+        return bool(self.batches or self.cases)
 
 
 class Config(Section):

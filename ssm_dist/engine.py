@@ -1,68 +1,214 @@
-"""Runs the scheduler's steps on the model and samples the next tokens."""
+"""Runs the scheduler's steps on the model and samples the next tokens.
+
+The last token of every sequence, and its place, stay on the device, where the decode step finds them by slot
+and leaves the next ones. So a step can be queued before the host has read the tokens of the one before. On a
+GPU, steps are captured in CUDA graphs: the decode step from slots to sampled tokens, padded to some batch
+sizes, and the prefill step up to its final hidden states, padded to some numbers of tokens and sequences.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ssm_dist.graphs import Graphs, bucket, buckets
 from ssm_dist.models.batch import RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.sampling.sampler import Sampled, Sampler
 from ssm_dist.scheduler import Chunk, Step
 from ssm_dist.state_cache import StateCache
 
+DECODE_PARTS, PREFILL_PARTS = 2, 8
+"""Sizes of captured steps between two powers of two: of batches that decode, of tokens that prefill."""
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step that the device has been given, and whose samples are on their way to the host."""
+
+    chunks: list[Chunk]
+    """Those that get a token, in the order of the samples' rows."""
+    sampled: Sampled | None
+    """In host memory, once `done` has happened; None when no chunk gets a token."""
+    done: torch.cuda.Event | None
+    """The end of the step; None where it has ended already."""
+
 
 class Engine:
     """One rank's model, state and sampler. Every rank runs the same steps and samples the same tokens."""
 
-    def __init__(self, model: LanguageModel, cache: StateCache, sampler: Sampler, vocab_size: int) -> None:
-        """vocab_size: columns of the logits that are tokens; those after it are padding."""
+    def __init__(
+        self,
+        model: LanguageModel,
+        cache: StateCache,
+        sampler: Sampler,
+        vocab_size: int,
+        *,
+        graphs: Graphs | None = None,
+        compiled: bool = False,
+        chunk_tokens: int = 0,
+        wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
+    ) -> None:
+        """vocab_size: columns of the logits that are tokens; those after it are padding.
+
+        graphs: captures steps; None runs them as they are. compiled: the decode step goes through
+        torch.compile as a whole. chunk_tokens: the most tokens of a prefill step. wait: returns when an event
+        has happened, or raises.
+        """
         self.model = model
         self.cache = cache
         self.sampler = sampler
+        self.graphs = graphs
         self._vocab_size = vocab_size
+        self._chunk_tokens = chunk_tokens
+        self._wait = wait
         self._device = next(model.parameters()).device
+        rows = cache.max_sequences + 1
+        self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
+        self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
+        self._decode: Callable[[Tensor], Sampled] = self._decode_step
+        if compiled:
+            self._decode = torch.compile(self._decode_step, fullgraph=True, dynamic=True)
+
+    def capture_ahead(self) -> Iterator[int]:
+        """Capture the greedy decode step for all batch sizes, the largest first; yields each one done."""
+        if self.graphs is not None:
+            for size in reversed(buckets(self.cache.max_sequences, DECODE_PARTS)):
+                with torch.inference_mode():
+                    self._decode_of([self.cache.padding_slot] * size)
+                yield size
 
     @torch.inference_mode()
-    def run(self, step: Step) -> tuple[list[Chunk], Sampled | None]:
-        """Advance the states by a step; the chunks that reach the end of their prompt or answer get a token.
+    def launch(self, step: Step) -> Pending:
+        """Advance the states by a step; chunks that reach the end of their prompt or answer get a token."""
+        if step.decode:
+            ends = step.chunks
+            padded = self._decode_of([c.sequence.slot for c in ends])
+            sampled: Sampled | None = _each(padded, lambda part: part[: len(ends)])
+        else:
+            hidden = self.hidden(step)
+            ends = [c for c in step.chunks if c.start + len(c.tokens) == c.sequence.length]
+            sampled = self._first_tokens(hidden, step.chunks, ends) if ends else None
+        return self._on_its_way(ends, sampled)
 
-        Returns those chunks and their samples, rows in the same order; None when there are none.
-        """
-        hidden = self.hidden(step)
-        ends = [c for c in step.chunks if c.start + len(c.tokens) == c.sequence.length]
-        if not ends:
-            return [], None
-        rows = torch.tensor(_last_rows(step.chunks, ends), device=self._device)
-        logits = self.model.head(hidden[rows])[:, : self._vocab_size].float()
-        slots = torch.tensor([c.sequence.slot for c in ends], device=self._device)
-        positions = torch.tensor([c.sequence.length for c in ends], device=self._device)
-        return ends, self.sampler.sample(logits, slots, positions)
+    def collect(self, pending: Pending) -> Sampled | None:
+        """Wait for the end of a step; its samples, in host memory."""
+        if pending.done is not None:
+            self._wait(pending.done)
+        return pending.sampled
 
     @torch.inference_mode()
     def hidden(self, step: Step) -> Tensor:
-        """Advance the states by a step and return the final hidden states of its tokens, (T, d_model)."""
-        hidden: Tensor = self.model(self._batch(step), self.cache.state)
-        return hidden
+        """Advance the states by a prefill step; the final hidden states of its tokens, (T, d_model).
 
-    def _batch(self, step: Step) -> RaggedBatch:
-        """The tensors of a step, on the device."""
+        They hold until the next step.
+        """
         chunks = step.chunks
-        slots = [c.sequence.slot for c in chunks]
-        offsets: list[int] = [0]
-        positions: list[int] = []
+        tokens = [token for c in chunks for token in c.tokens]
+        padded, sequences = len(tokens), len(chunks)
+        if self.graphs is not None:
+            padded = bucket(padded, max(self._chunk_tokens, padded), PREFILL_PARTS)
+            sequences += padded > len(tokens)
+            sequences = 1 << (sequences - 1).bit_length()
+        numbers = self._prefill_numbers(chunks, tokens, padded, sequences)
+        if self.graphs is None:
+            return self._prefill(torch.tensor(numbers, device=self._device), padded, sequences)
+        nobodys = [self.cache.padding_slot] * sequences
+        hidden: Tensor = self.graphs.run(
+            ("prefill", padded, sequences),
+            lambda inputs: self._prefill(inputs, padded, sequences),
+            numbers,
+            [0] * (2 * padded + sequences) + [padded, *nobodys],
+            lazy=True,
+        )
+        return hidden[: len(tokens)]
+
+    def _prefill_numbers(
+        self, chunks: list[Chunk], tokens: list[int], padded: int, sequences: int
+    ) -> list[int]:
+        """Tokens, their positions, sequence offsets and slots, for `_prefill`.
+
+        The last sequence takes the tokens that pad; they are all in place 0, so that none has a context.
+        """
+        padding = [0] * (padded - len(tokens))
+        positions = [place for c in chunks for place in range(c.start, c.start + len(c.tokens))]
+        offsets = [0]
         for c in chunks:
             offsets.append(offsets[-1] + len(c.tokens))
-            positions += range(c.start, c.start + len(c.tokens))
-        tokens = [token for c in chunks for token in c.tokens]
-        return RaggedBatch(
-            tokens=torch.tensor(tokens, device=self._device),
-            seq_offsets=torch.tensor(offsets, dtype=torch.int32, device=self._device),
-            slots=torch.tensor(slots, dtype=torch.int32, device=self._device),
-            positions=torch.tensor(positions, device=self._device),
-            decode=step.decode,
+        empty = sequences - len(chunks)
+        if empty:
+            offsets += [len(tokens)] * (empty - 1) + [padded]
+        slots = [c.sequence.slot for c in chunks] + [self.cache.padding_slot] * empty
+        return tokens + padding + positions + padding + offsets + slots
+
+    def _prefill(self, numbers: Tensor, tokens: int, sequences: int) -> Tensor:
+        ids, positions, offsets, slots = numbers.split([tokens, tokens, sequences + 1, sequences])
+        batch = RaggedBatch(
+            tokens=ids, seq_offsets=offsets.int(), slots=slots.int(), positions=positions,
             pages=self.cache.page_table(slots),
+        )  # fmt: skip
+        hidden: Tensor = self.model(batch, self.cache.state)
+        return hidden
+
+    def _first_tokens(self, hidden: Tensor, chunks: list[Chunk], ends: list[Chunk]) -> Sampled:
+        """Sample what follows the prompts that end in this step."""
+        last = _last_rows(chunks, ends)
+        numbers = last + [c.sequence.slot for c in ends] + [c.sequence.length for c in ends]
+        rows, slots, places = torch.tensor(numbers, device=self._device).view(3, -1)
+        sampled = self.sampler.sample(self._logits(hidden[rows]), slots, places)
+        self._remember(slots, sampled.ids, places)
+        return sampled
+
+    def _decode_of(self, slots: list[int]) -> Sampled:
+        """The decode step of some slots, padded where it is captured."""
+        if self.graphs is None:
+            return self._decode(torch.tensor(slots, device=self._device))
+        size = bucket(len(slots), self.cache.max_sequences, DECODE_PARTS)
+        nobodys = [self.cache.padding_slot] * size
+        sampled: Sampled = self.graphs.run(
+            ("decode", size, self.sampler.work), self._decode, slots + nobodys[len(slots) :], nobodys
         )
+        return sampled
+
+    def _decode_step(self, slots: Tensor) -> Sampled:
+        """From the last tokens of the slots (S,) int64 to the next ones."""
+        tokens, places = self._last_token[slots], self._last_place[slots]
+        batch = RaggedBatch(
+            tokens=tokens, seq_offsets=self._offsets[: len(slots) + 1], slots=slots.int(), positions=places,
+            decode=True, pages=self.cache.page_table(slots),
+        )  # fmt: skip
+        hidden = self.model(batch, self.cache.state)
+        sampled = self.sampler.sample(self._logits(hidden), slots, places + 1)
+        # nobody's place stays at the start of nobody's page
+        self._remember(slots, sampled.ids, torch.where(slots == self.cache.padding_slot, 0, places + 1))
+        return sampled
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        logits: Tensor = self.model.head(hidden)
+        return logits[:, : self._vocab_size].float()
+
+    def _remember(self, slots: Tensor, ids: Tensor, places: Tensor) -> None:
+        self._last_token.index_put_((slots,), ids)
+        self._last_place.index_put_((slots,), places)
+
+    def _on_its_way(self, ends: list[Chunk], sampled: Sampled | None) -> Pending:
+        if self._device.type != "cuda":
+            return Pending(ends, sampled, None)
+        host = None if sampled is None else _each(sampled, _to_host)
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(self._device))
+        return Pending(ends, host, done)
+
+
+def _each(sampled: Sampled, change: Callable[[Tensor], Tensor]) -> Sampled:
+    return Sampled(*(None if part is None else change(part) for part in sampled))  # type: ignore[arg-type]
+
+
+def _to_host(part: Tensor) -> Tensor:
+    return torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(part, non_blocking=True)
 
 
 def _last_rows(chunks: list[Chunk], ends: list[Chunk]) -> list[int]:

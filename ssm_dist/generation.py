@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ssm_dist.engine import Engine
+from ssm_dist.engine import Engine, Pending
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.requests import Request
 from ssm_dist.sampling.sampler import Sampled
@@ -85,7 +86,12 @@ class Collector:
 
 
 class Run:
-    """Requests on their way through the engine; more may come, and some may go, between steps."""
+    """Requests on their way through the engine; more may come, and some may go, between steps.
+
+    Each turn plans a step and executes it. Tokens are read a turn late, so that the device has its next step
+    before it has ended one; a request that a token ends takes part in one step more, whose token nobody gets.
+    Snapshots of answers need the state right after their last token, so with them tokens are read at once.
+    """
 
     def __init__(
         self,
@@ -99,6 +105,8 @@ class Run:
         self._tokenizer = tokenizer
         self._eos_ids = frozenset(eos_ids)
         self._scheduler = Scheduler(prefixes, chunk_tokens)
+        self._late = 1 if prefixes.limits is None else 0
+        self._pending: deque[Pending] = deque()
         self._active: dict[int, Sequence] = {}
         self._streams: dict[int, TextStream] = {}
 
@@ -121,9 +129,7 @@ class Run:
                 self.add(request)
         try:
             while self._active:
-                step = self.plan()
-                assert step is not None, "requests are active, but the scheduler has nothing to do"
-                yield from self.execute(step)
+                yield from self.execute(self.plan())
         finally:
             self.close()
 
@@ -146,18 +152,39 @@ class Run:
         return TokenEvent(index, text=text, finish_reason="cancelled")
 
     def plan(self) -> Step | None:
-        """Admit what fits, and choose the next step; None when nothing is left to do."""
+        """Admit what fits, and choose the next step; None when nothing is left but tokens to be read."""
         admitted, step = self._scheduler.next_step()
         for sequence in admitted:
             self._engine.sampler.admit(sequence.slot, sequence.params, sequence.prompt_ids)
         return step
 
-    def execute(self, step: Step) -> list[TokenEvent]:
-        """Run a planned step; the new tokens, and the ends of those requests that end with theirs."""
-        chunks, sampled = self._engine.run(step)
+    def execute(self, step: Step | None) -> list[TokenEvent]:
+        """Give the device a planned step, then read the tokens that are due; they may end requests."""
+        if step is not None:
+            self._launch(step)
+        elif not self._pending:
+            assert not self._active, "requests are active, but the scheduler has nothing to do"
+            return []
+        late = self._late if step is not None else 0
+        events = []
+        while len(self._pending) > late:
+            events += self._read(self._pending.popleft())
+        return events
+
+    def _launch(self, step: Step) -> None:
+        pending = self._engine.launch(step)
         for c in [] if step.decode else step.chunks:
             self._prefixes.after_chunk(c.sequence.slot, c.sequence.prompt_ids, c.start + len(c.tokens))
-        events = [] if sampled is None else self._events_of([c.sequence for c in chunks], sampled)
+        for c in pending.chunks:
+            c.sequence.unread += 1
+        self._pending.append(pending)
+
+    def _read(self, pending: Pending) -> list[TokenEvent]:
+        """The tokens of a step, but for those of requests that have ended meanwhile."""
+        sampled = self._engine.collect(pending)
+        if sampled is None:
+            return []
+        events = self._events_of([c.sequence for c in pending.chunks], sampled)
         for event in events:
             if event.finish_reason is not None:
                 sequence = self._active[event.index]
@@ -168,6 +195,7 @@ class Run:
 
     def close(self) -> None:
         """End every request where it stands."""
+        self._pending.clear()
         for index in list(self._active):
             self._end(index)
 
@@ -177,6 +205,9 @@ class Run:
         top = None if sampled.top_logprobs is None else sampled.top_logprobs.tolist()
         events = []
         for row, (sequence, token_id) in enumerate(zip(sequences, sampled.ids.tolist(), strict=True)):
+            if self._active.get(sequence.index) is not sequence:
+                continue
+            sequence.unread -= 1
             sequence.token_ids.append(token_id)
             text, reason = self._text_and_end(sequence, token_id)
             wanted = sequence.params.logprobs

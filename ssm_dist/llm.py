@@ -12,9 +12,9 @@ import torch
 from typing_extensions import Self
 
 from ssm_dist.build import LoadedModel, load_model
+from ssm_dist.capture import start_engine
 from ssm_dist.checkpoint.save import save_huggingface
 from ssm_dist.config import Config
-from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel
@@ -33,7 +33,6 @@ from ssm_dist.requests import (
     request_of,
 )
 from ssm_dist.sampling.params import SamplingParams
-from ssm_dist.sampling.sampler import Sampler
 from ssm_dist.saved_states import SavedState, load_state, save_state
 from ssm_dist.score import Score, score_tokens
 from ssm_dist.session import Session
@@ -68,10 +67,8 @@ class LLM:
             snapshots=asked.prefix_device_bytes // slot,
         )
         self.prefixes = PrefixCache(self.cache, prefix_limits(config))
-        vocab_size = loaded.config.vocab_size
-        sampler = Sampler(config.cache.max_sequences, vocab_size, loaded.device)
         self._session: Session | None = None
-        self.engine = Engine(self.model, self.cache, sampler, vocab_size)
+        self.engine = start_engine(loaded, self.cache, config)
 
     @property
     def weight_bytes(self) -> int:
@@ -144,10 +141,11 @@ class LLM:
         """
         tp, device = self.loaded.tp, self.loaded.device
         assert tp is None or tp.rank == 0, "the session is rank 0's; the other ranks call follow()"
+        hosts = None if tp is None else tp.host_group()
         self._session = Session(
             self._new_run(),
             self._prepare,
-            broadcast=lambda data: tp and broadcast_bytes(data, tp.group, device),
+            broadcast=lambda data: hosts and broadcast_bytes(data, hosts, torch.device("cpu")),
             enter_thread=lambda: torch.cuda.set_device(device) if device.type == "cuda" else None,
             with_text=self.tokenizer is not None,
         )
@@ -157,7 +155,8 @@ class LLM:
         """On ranks other than 0: take part in rank 0's session until it is closed."""
         tp = self.loaded.tp
         assert tp is not None and tp.rank > 0, "rank 0 leads: it opens a session"
-        follow(self._new_run(), lambda: broadcast_bytes(b"", tp.group, self.loaded.device))
+        hosts = tp.host_group()
+        follow(self._new_run(), lambda: broadcast_bytes(b"", hosts, torch.device("cpu")))
 
     def serve(self, main: Callable[[Session], Result]) -> Result | None:
         """main(session) on rank 0; the other ranks follow it to its end, and return None."""

@@ -16,6 +16,9 @@ from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import chunk_grid
 from ssm_dist.sampling.params import SamplingParams
 
+ON_DEVICE = -1
+"""Stands for a token that the host has not read."""
+
 
 @dataclass(eq=False)
 class Sequence:
@@ -30,6 +33,8 @@ class Sequence:
     """Tokens of the prompt that the state has absorbed."""
     token_ids: list[int] = field(default_factory=list)
     """Generated so far."""
+    unread: int = 0
+    """Tokens sampled after those, which the host has not read yet."""
 
     @property
     def prefilled(self) -> bool:
@@ -39,7 +44,12 @@ class Sequence:
     @property
     def length(self) -> int:
         """Tokens of prompt and answer together; the position of the next token."""
-        return len(self.prompt_ids) + len(self.token_ids)
+        return len(self.prompt_ids) + self.sampled
+
+    @property
+    def sampled(self) -> int:
+        """Tokens of the answer, those on their way to the host included."""
+        return len(self.token_ids) + self.unread
 
     @property
     def most_tokens(self) -> int:
@@ -54,6 +64,7 @@ class Chunk:
     sequence: Sequence
     start: int
     tokens: list[int]
+    """One `ON_DEVICE` in a decode step: the token was sampled there, and the host need not know it."""
 
 
 @dataclass(frozen=True)
@@ -82,15 +93,18 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def next_step(self) -> tuple[list[Sequence], Step | None]:
-        """The sequences newly admitted to a slot, and the next step; None when nothing is left to do."""
+        """The sequences newly admitted to a slot, and the next step.
+
+        None when nothing is left to do but reading the last tokens of sequences that end by their length.
+        """
         admitted = self._admit()
-        ready = [sequence for sequence in self._running if sequence.prefilled]
+        ready = [s for s in self._running if s.prefilled and s.sampled < s.params.max_new_tokens]
         prefilling = [sequence for sequence in self._running if not sequence.prefilled]
         if prefilling and (self._decoded_last or not ready):
             self._decoded_last = False
             return admitted, Step(self._prefill_chunks(prefilling), decode=False)
         self._decoded_last = True
-        chunks = [Chunk(s, s.length - 1, s.token_ids[-1:]) for s in ready]
+        chunks = [Chunk(s, s.length - 1, [ON_DEVICE]) for s in ready]
         return admitted, Step(chunks, decode=True) if chunks else None
 
     def finish(self, sequence: Sequence) -> None:

@@ -165,8 +165,7 @@ class Session:
             return False
         step = self._run.plan()
         self._broadcast(encode(news, step))
-        if step is not None:
-            self._deliver(self._run.execute(step))
+        self._deliver(self._run.execute(step))
         return True
 
     def _take_news(self) -> News:

@@ -3,7 +3,8 @@
 Admission is exact: a sequence takes one slot and, for hybrid models, the pages of all tokens that it may
 reach, so a sequence once admitted can always run to its end. Snapshots are slots past those of sequences, and
 a share in the pages of the sequence that they are taken of: the rows of a page that a snapshot covers never
-change, and whoever continues from it copies the page that is not full.
+change, and whoever continues from it copies the page that is not full. One slot and one page more belong to
+nobody: what pads a batch to the size of a captured step works on them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class StateNeed:
     """Bytes of a state cache on one rank, known before it is allocated."""
 
     slots: int
-    """Convolution and scan states of all slots."""
+    """Convolution and scan states of all slots, the one for padding included."""
     kv_pages: int
 
 
@@ -41,9 +42,10 @@ def state_need(
     shapes: StateShapes, max_sequences: int, max_tokens: int, dtype: torch.dtype, state_dtype: torch.dtype
 ) -> StateNeed:
     """What `StateCache` with the same arguments will allocate."""
-    pages = pages_of(max_tokens) if shapes.attention_sites else 0
+    pages = pages_of(max_tokens) + 1 if shapes.attention_sites else 0
     token = 2 * torch.Size(shapes.kv).numel() * dtype.itemsize * shapes.attention_sites
-    return StateNeed(max_sequences * slot_bytes(shapes, dtype, state_dtype), pages * PAGE_TOKENS * token)
+    slots = max_sequences + 1
+    return StateNeed(slots * slot_bytes(shapes, dtype, state_dtype), pages * PAGE_TOKENS * token)
 
 
 def pages_of(tokens: int) -> int:
@@ -104,11 +106,11 @@ class StateCache:
         max_tokens bounds the keys and values over all sequences and snapshots; models without attention
         ignore it. snapshots: slots beside those of sequences.
         """
-        slots = max_sequences + snapshots
+        slots = max_sequences + 1 + snapshots
         self._conv = torch.zeros(shapes.layers, slots, *shapes.conv, dtype=dtype, device=device)
         self._ssm = torch.zeros(shapes.layers, slots, *shapes.ssm, dtype=state_dtype, device=device)
         pages = pages_of(max_tokens) if shapes.attention_sites else 0
-        kv_shape = (shapes.attention_sites, 2, pages, PAGE_TOKENS, *shapes.kv)
+        kv_shape = (shapes.attention_sites, 2, pages + min(pages, 1), PAGE_TOKENS, *shapes.kv)
         self._kv = torch.zeros(kv_shape, dtype=dtype, device=device)
         self.state = ModelState(
             [MixerState(conv, ssm) for conv, ssm in zip(self._conv, self._ssm, strict=True)],
@@ -116,14 +118,17 @@ class StateCache:
         )
         self.paged = shapes.attention_sites > 0
         self.max_sequences = max_sequences
+        self.padding_slot = max_sequences
+        """Nobody's slot, and the last page is nobody's page."""
+        self._page_table = torch.full((max_sequences + 1, pages), pages, dtype=torch.int32, device=device)
         self.max_tokens = pages * PAGE_TOKENS
         self.slot_bytes = slot_bytes(shapes, dtype, state_dtype)
-        self.page_bytes = self._kv.nbytes // pages if pages else 0
+        self.page_bytes = self._kv.nbytes // (pages + 1) if pages else 0
         self.pool = PagePool(pages)
         self.make_room: Callable[[int], None] | None = None
         """Called when fewer than so many pages are free and snapshots hold the rest: it drops snapshots."""
         self._free_slots = list(reversed(range(max_sequences)))
-        self._free_snapshots = list(reversed(range(max_sequences, slots)))
+        self._free_snapshots = list(reversed(range(max_sequences + 1, slots)))
         self._pages: dict[int, list[int]] = {}
 
     @property
@@ -156,6 +161,7 @@ class StateCache:
             self.make_room(need)
         slot = self._free_slots.pop()
         self._pages[slot] = [*shared, *self.pool.take(need)]
+        self._enter_pages(slot)
         self._conv[:, slot] = 0
         self._ssm[:, slot] = 0
         return slot
@@ -165,13 +171,9 @@ class StateCache:
         self.pool.leave(reversed(self._pages.pop(slot)))
         self._free_slots.append(slot)
 
-    def page_table(self, slots: list[int]) -> Tensor | None:
-        """Pages of each slot, (S, P) int32 on the device, short rows filled up with 0; None without pages."""
-        if not self.paged:
-            return None
-        width = max(len(self._pages[slot]) for slot in slots)
-        rows = [self._pages[slot] + [0] * (width - len(self._pages[slot])) for slot in slots]
-        return torch.tensor(rows, dtype=torch.int32).to(self._kv.device, non_blocking=True)
+    def page_table(self, slots: Tensor) -> Tensor | None:
+        """Pages of each slot, (S, P) int32 on the device, short rows filled up; None without pages."""
+        return self._page_table[slots] if self.paged else None
 
     def keep(self, slot: int, tokens: int) -> Kept:
         """A snapshot of a sequence that has absorbed `tokens` tokens; a slot for it must be free."""
@@ -211,6 +213,13 @@ class StateCache:
             mine = self._pages[slot][: state.kv.shape[2]]
             where = torch.tensor(mine, dtype=torch.int64, device=self._kv.device)
             self._kv.index_copy_(2, where, state.kv.to(self._kv.device, non_blocking=True))
+
+    def _enter_pages(self, slot: int) -> None:
+        """Show the pages of a slot to the device."""
+        if self.paged:
+            nobodys = self._page_table.shape[1]
+            row = self._pages[slot] + [nobodys] * (nobodys - len(self._pages[slot]))
+            self._page_table[slot].copy_(torch.tensor(row, dtype=torch.int32), non_blocking=True)
 
     def _copy_slot(self, source: int, target: int) -> None:
         self._conv[:, target] = self._conv[:, source]

@@ -36,8 +36,7 @@ def follow(run: Run, receive: Callable[[], bytes]) -> None:
                 return
             step = run.plan()
             assert describe(step) == plan["step"], f"rank 0 plans {plan['step']}, this rank {describe(step)}"
-            if step is not None:
-                run.execute(step)
+            run.execute(step)
     finally:
         run.close()
 

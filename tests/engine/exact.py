@@ -23,8 +23,9 @@ HYBRID = StateShapes(conv=(1, 1), ssm=(1, 1), layers=1, attention_sites=1, kv=(1
 class ExactModel(nn.Module):
     """Hidden states (T, 1): a number that `head` maps to one certain token."""
 
-    def __init__(self) -> None:
+    def __init__(self, padding_slot: int) -> None:
         super().__init__()
+        self.padding_slot = padding_slot
         self.nothing = nn.Parameter(torch.zeros(1))
 
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
@@ -34,7 +35,8 @@ class ExactModel(nn.Module):
             conv, ssm = state.mixers[0].conv[slot], state.mixers[0].ssm[slot]
             value = int(ssm)
             for at in range(offsets[s], offsets[s + 1]):
-                assert int(conv) == int(batch.positions[at]), "the state is not where the tokens are"
+                in_place = int(conv) == int(batch.positions[at]) or slot == self.padding_slot
+                assert in_place, "the state is not where the tokens are"
                 conv += 1
                 value = (value * 31 + tokens[at] + 1) % MODULUS
                 hidden.append(float(value + self._attend(batch, state, s, at)))
@@ -74,4 +76,5 @@ def exact_engine(shapes: StateShapes, max_sequences: int, max_tokens: int, snaps
         shapes, max_sequences=max_sequences, max_tokens=max_tokens, dtype=torch.float32,
         state_dtype=torch.float32, device=torch.device("cpu"), snapshots=snapshots,
     )  # fmt: skip
-    return Engine(ExactModel(), cache, Sampler(max_sequences, VOCAB, "cpu"), VOCAB)  # type: ignore[arg-type]
+    model = ExactModel(cache.padding_slot)
+    return Engine(model, cache, Sampler(max_sequences + 1, VOCAB, "cpu"), VOCAB)  # type: ignore[arg-type]

@@ -47,16 +47,14 @@ def drive(run: Run, arrivals: list[Arrival]) -> tuple[dict[int, list[int]], dict
         for index, a in enumerate(arrivals):
             if a.cancelled_at == step and (event := run.cancel(index)) is not None:
                 events.append(event)
-        planned = run.plan()
-        if planned is not None:
-            events += run.execute(planned)
-        elif step > 40:
-            break
+        events += run.execute(run.plan())
         for event in events:
             assert event.index not in reasons
             tokens[event.index] += [] if event.token_id is None else [event.token_id]
             if event.finish_reason is not None:
                 reasons[event.index] = event.finish_reason
+        if step > 40 and not run.active:
+            break
     assert not run.active
     return tokens, reasons
 
@@ -86,10 +84,10 @@ def test_thousands_of_requests_leave_nothing_behind():
         run.add(Request(index, None, prompt, SamplingParams(max_new_tokens=1 + index % 4)))
         if index % 5 == 4:
             ended += run.cancel(index - 2) is not None
-        if index % 2 and (step := run.plan()) is not None:
-            ended += sum(event.finish_reason is not None for event in run.execute(step))
-    while (step := run.plan()) is not None:
-        ended += sum(event.finish_reason is not None for event in run.execute(step))
+        if index % 2:
+            ended += sum(event.finish_reason is not None for event in run.execute(run.plan()))
+    while run.active:
+        ended += sum(event.finish_reason is not None for event in run.execute(run.plan()))
     assert ended == 2000 and not run.active
     assert run._streams == {} and engine.sampler._admitted == {}
     assert engine.cache.free_slots == 8 and engine.cache.acquire(256) is not None

@@ -73,7 +73,7 @@ def test_a_failure_of_the_engine_reaches_everybody_who_waits(llm: LLM, monkeypat
         raise ArithmeticError("broken")
 
     session = llm.session()
-    monkeypatch.setattr(llm.engine, "run", broken)
+    monkeypatch.setattr(llm.engine, "launch", broken)
     stream = session.submit("a")
     with pytest.raises(RuntimeError, match="session has failed"):
         stream.result()

@@ -72,7 +72,7 @@ def test_no_page_or_slot_is_shared_or_lost(calls):
         elif (slot := cache.acquire(tokens)) is not None:
             assert slot not in held
             held[slot] = -(-tokens // PAGE_TOKENS)
-        pages = [p for s, n in held.items() for p in cache.page_table([s])[0, :n].tolist()]
+        pages = [p for s, n in held.items() for p in cache.page_table(torch.tensor([s]))[0, :n].tolist()]
         assert len(pages) == len(set(pages)) == sum(held.values()) <= 6
     for slot in held:
         cache.release(slot)
