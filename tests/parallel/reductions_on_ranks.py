@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -148,6 +150,37 @@ def compiled_and_eager(codec: str) -> tuple[Tensor, Tensor]:
 
     x, residual = Case("normal", 5, 40, torch.float32, codec, 32).part(tp.rank), torch.zeros(5, 40)
     return torch.compile(step, backend="aot_eager", fullgraph=True)(x, residual), step(x, residual)
+
+
+def traced_with_shared_memory() -> tuple[list[str], int]:
+    """Reductions in the graphs of a norm, for few tokens and for many, were GPUs to share memory; the graphs."""
+    from ssm_dist.kernels.triton_bulk import BulkMemory
+    from ssm_dist.kernels.triton_push import PushMemory
+    from ssm_dist.models.layers import AddRMSNorm
+    from ssm_dist.parallel.collectives.groups import group_named
+    from ssm_dist.parallel.collectives.shared import SharedMemory
+    from ssm_dist.parallel.styles import ReduceAddNorm
+
+    tp, word = all_ranks(), torch.zeros(1, dtype=torch.int32)
+    push = PushMemory(tp.rank, (0,) * tp.degree, torch.zeros(1024, dtype=torch.int32), word, 4096, 1)
+    group, norm = group_named(tp.group), AddRMSNorm(1024, 1e-5)
+    group.memory = SharedMemory(push, BulkMemory(tp.rank, push.peers, word, word, 2**26, 1), word, None)
+    ReduceAddNorm(may_split=True).install(norm, tp)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph)
+        return lambda *inputs: [torch.empty(0)] * 2
+
+    step = torch.compile(norm.forward, backend=backend, fullgraph=True, dynamic=True)
+    try:
+        with torch.no_grad():
+            for tokens in (3, 9, 4000, 5000):
+                step(torch.ones(tokens, 1024), torch.ones(tokens, 1024))
+    finally:
+        group.memory = None
+    calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
+    return [call.split(".")[1] for call in calls if "tp_all_reduce" in call], len(graphs)
 
 
 def without_a_rank(absent: int, timeout: float) -> None:

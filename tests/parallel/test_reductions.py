@@ -15,6 +15,7 @@ from tests.parallel.reductions_on_ranks import (
     split_residual,
     strided_sum,
     sums,
+    traced_with_shared_memory,
 )
 from tests.ranks import RankError, run_on_ranks
 
@@ -138,6 +139,12 @@ def test_a_compiled_step_is_one_graph_around_its_reductions(codec: str) -> None:
     for compiled, eager in results:
         torch.testing.assert_close(compiled, eager)
         assert torch.equal(compiled, results[0][0])
+
+
+def test_how_a_sum_travels_is_decided_while_tracing() -> None:
+    """By a guard on the number of tokens: two graphs serve four numbers, each of them whole."""
+    calls, graphs = run_on_ranks(2, traced_with_shared_memory)[0]
+    assert (calls, graphs) == (["tp_all_reduce_add_rms_norm", "tp_all_reduce_add_rms_norm_split"], 2)
 
 
 @pytest.mark.parametrize(("codec", "group_size"), QUANTISED, ids=str)

@@ -62,10 +62,10 @@ def choose(
         return "all_reduce"
     wanted = algorithm
     if algorithm not in SERVING:
-        wanted = by_table("shared" if memory else group.backend, group.size, codec, x.nbytes)
+        wanted = by_table("shared" if memory else group.backend, group.size, codec, x.numel() * x.itemsize)
     for candidate in (wanted, "bulk"):
         if candidate in ON_THE_PROCESS_GROUP:
             return candidate
         if memory is not None and memory.fits(candidate, x, codec, group_size, with_norm):
             return candidate
-    return by_table(group.backend, group.size, codec, x.nbytes)
+    return by_table(group.backend, group.size, codec, x.numel() * x.itemsize)
