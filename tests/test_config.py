@@ -203,4 +203,4 @@ def test_a_bundled_configuration_is_valid_and_its_files_exist(path):
     config = load_config(path, [])
     named = [config.model.checkpoint, config.generation.prompts_file]
     assert all((ROOT / name).exists() for name in named if name)
-    assert config.generation.prompts or config.generation.prompts_file or config.benchmark.batches
+    assert config.generation.prompts or config.generation.prompts_file or config.benchmark.wanted

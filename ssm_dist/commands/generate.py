@@ -22,7 +22,7 @@ from ssm_dist.sampling.params import SamplingParams
 
 def run(config: Config) -> None:
     """Answer the configuration's prompts, or time its benchmark. Every rank runs this; rank 0 speaks."""
-    if config.benchmark.batches:
+    if config.benchmark.wanted:
         benchmark.run(config)
         return
     options = config.generation

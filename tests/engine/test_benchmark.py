@@ -2,47 +2,168 @@
 
 from __future__ import annotations
 
+import json
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
+import torch
 
-from ssm_dist import LLM, Config, UserError
-from ssm_dist.benchmark import flop_a_token, markdown, run_benchmark
+from ssm_dist import Config, UserError
+from ssm_dist.benchmark.breakdown import Tally, covered, is_reduction
+from ssm_dist.benchmark.cases import Case, cases_of, parse_case
+from ssm_dist.benchmark.floors import decode_bytes, flop_a_token
+from ssm_dist.benchmark.page import page
+from ssm_dist.benchmark.program import run_benchmark
+from ssm_dist.benchmark.timing import Sample, quantiles
+from ssm_dist.build import build_meta, open_source
 from ssm_dist.config import BenchmarkConfig
-
-
-def load(preset: str, max_tokens: int = 4096) -> LLM:
-    cache = {"max_sequences": 2, "max_tokens": max_tokens}
-    return LLM.from_config(Config.model_validate({"model": {"preset": preset}, "cache": cache}))
+from ssm_dist.parallel import resolve_plan
+from tests.engine.benchmarks import configuration, measured
+from tests.ranks import run_on_ranks
 
 
 def test_a_case_reports_rates_that_follow_from_its_times():
-    report = run_benchmark(
-        load("mamba-tiny"), BenchmarkConfig(batches=(1, 2), prompt_tokens=(5, 40), new_tokens=4, repeats=2)
-    )
-    assert [(c["batch"], c["prompt_tokens"]) for c in report["cases"]] == [(1, 5), (1, 40), (2, 5), (2, 40)]
-    for case in report["cases"]:
-        prefill, whole = case["prefill_seconds"], case["request_seconds"]
-        assert 0 < prefill["min"] <= prefill["median"] <= prefill["max"]
-        tokens = case["batch"] * case["prompt_tokens"]
-        assert case["prefill_tokens_per_second"] == pytest.approx(tokens / prefill["median"], rel=0.01)
-        assert case["output_tokens_per_second"] == pytest.approx(
-            4 * case["batch"] / whole["median"], rel=0.01
-        )
-    page = markdown(report)
-    assert page.count("\n|") == 2 + len(report["cases"]) and "reductions" in page
+    asked = {"batches": [1, 2], "prompt_tokens": [5, 40], "new_tokens": 4, "repeats": 3, "warmup": 1}
+    report, saved = measured(configuration("mamba-tiny", cases=["2x40+1"], **asked))
+    cases = report["cases"]
+    assert [(c["batch"], c["prompt_tokens"], c["new_tokens"]) for c in cases] == [
+        (1, 5, 4), (1, 40, 4), (2, 5, 4), (2, 40, 4), (2, 40, 1),
+    ]  # fmt: skip
+    assert saved == len(cases)
+    for case in cases:
+        prefill, tokens = case["prefill_seconds"], case["batch"] * case["prompt_tokens"]
+        assert sorted(prefill["all"])[1] == prefill["median"] and len(prefill["all"]) == 3
+        assert case["prefill_tokens_per_second"] == pytest.approx(tokens / prefill["median"], abs=0.1)
+        assert case["first_token_ms"]["median"] <= case["first_token_ms"]["p99"]
+    for case in cases[:-1]:
+        seconds, step = case["request_seconds"]["median"], case["decode_ms_a_step"]
+        assert case["output_tokens_per_second"] == pytest.approx(4 * case["batch"] / seconds, abs=0.1)
+        assert 0 < 3 * step < 1e3 * seconds
+        assert case["decode_tokens_per_second"] == pytest.approx(1e3 * case["batch"] / step, rel=1e-3)
+    assert "decode_ms_a_step" not in cases[-1]
+    text = page([report], None)
+    assert all(f"| {case} |" in text for case in ("1x5+4", "2x40+1"))
 
 
-def test_the_operations_of_a_token_are_those_of_the_released_models():
-    # 2 x parameters without the embedding; zamba's shared block counts once a call: 22.8 GFLOP
+def test_a_decode_step_is_timed_where_all_sequences_take_part():
+    # the second prompt is read while the first one waits; then steps of 2 s, and the first one ends earlier
+    sample = Sample(21.0, [[1.0, 12.0, 14.0, 16.0], [10.0, 12.1, 14.1, 16.1, 18.1]])
+    assert sample.decode_step == (16.0 - 10.0) / 3
+    assert Sample(3.0, [[1.0, 2.0], [3.0, 4.0]]).decode_step is None
+
+
+def test_the_99th_percentile_is_of_the_sample():
+    assert quantiles([i / 1e3 for i in range(1, 201)]) == {"median": 100.5, "p99": 198.0}
+    assert quantiles([2.0]) == {"median": 2000.0, "p99": 2000.0}
+
+
+def released(name: str, degree: int = 1) -> Any:
+    """As much of an engine as the floors look at, without weights."""
+    config = Config.model_validate({"model": {"preset": name}, "parallel": {"tensor": degree}})
+    source = open_source(config, "cuda")
+    model = build_meta(source)
+    plan = resolve_plan(model, source.spec.plan, degree)
+    loaded = SimpleNamespace(
+        plan=plan, config=source.config, dtype=source.dtype, state_dtype=torch.float32
+    )  # fmt: skip
+    return SimpleNamespace(loaded=loaded, model=model, config=config)
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "gigaflop"),
+    [("mamba-2.8b", 5.54, 5.29), ("falcon-mamba-7b", 14.0, 13.5), ("zamba-7b", 23.1, 22.8)],
+)
+def test_the_floors_of_a_token_are_those_of_the_released_models(name, gigabytes, gigaflop):
+    # bytes: every weight once, falcon-mamba's embedding apart, zamba's shared block at each of 13 calls;
+    # operations: 2 for each of those, head and vectors apart
+    llm = released(name)
+    assert decode_bytes(llm, 0, 0) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+    assert flop_a_token(llm) / 1e9 == pytest.approx(gigaflop, rel=0.01)
+    half = released(name, degree=2)
+    assert decode_bytes(half, 0, 0) / decode_bytes(llm, 0, 0) == pytest.approx(0.5, abs=0.01)
+
+
+def test_the_operations_of_a_small_model_are_those_of_its_matrices():
     layer = 2 * (2 * 128 * 64 + 128 * 4 + 128 * 36 + 128 * 4 + 64 * 128 + 128 * 16)
-    assert flop_a_token(load("mamba-tiny")) == 2 * layer
+    assert flop_a_token(released("mamba-tiny")) == 2 * layer
 
 
-def test_a_case_that_does_not_fit_gives_its_reason_and_the_rest_runs():
-    grid = BenchmarkConfig(batches=(1,), prompt_tokens=(500, 8), new_tokens=2, repeats=1, warmup=0)
-    long, short = run_benchmark(load("zamba-tiny", max_tokens=64), grid)["cases"]
-    assert "max_tokens" in long["error"] and short["decode_ms_a_step"] is not None
+def test_cases_that_do_not_fit_give_their_reasons_and_the_rest_runs():
+    grid = {"batches": [1], "prompt_tokens": [8, 500], "new_tokens": 2, "cases": ["3x8+2", "2x40+1"]}
+    report, _ = measured(configuration("zamba-tiny", max_tokens=64, **grid))
+    short, long, many, wide = report["cases"]
+    assert short["decode_ms_a_step"] > 0
+    assert "512 tokens" in long["error"] and "max_tokens is 64" in long["error"]
+    assert "3 sequences" in many["error"] and "max_sequences is 2" in many["error"]
+    assert "96 tokens" in wide["error"]
+    assert "### Cases that did not run" in page([report], None)
 
 
-def test_a_batch_larger_than_the_cache_is_refused():
-    with pytest.raises(UserError, match="max_sequences is 2"):
-        run_benchmark(load("mamba-tiny"), BenchmarkConfig(batches=(3,)))
+def test_models_codecs_and_backends_run_one_after_the_other_on_the_ranks():
+    grid = {"cases": ["2x8+3"], "models": ["mamba-tiny", "zamba-tiny"], "codecs": ["none", "int8"]}
+    (report, saved), (other, _) = run_on_ranks(
+        2, measured, configuration("falcon-mamba-tiny", 2, breakdown=True, backends=["reference"], **grid)
+    )
+    names = [("mamba-tiny", "none"), ("mamba-tiny", "int8"), ("zamba-tiny", "none"), ("zamba-tiny", "int8")]
+    assert [(c["model"], c["codec"]) for c in report["cases"]] == names
+    assert len(other["cases"]) == len(names) and saved == 2 * len(names)
+    for case in report["cases"]:
+        assert case["degree"] == 2 and case["kernels"] == "reference" and case["codec"] in case["reductions"]
+        assert case["prefill_breakdown"]["reduction_ms"] > 0 and case["decode_breakdown"]["reduction_ms"] > 0
+    text = page([report], None)
+    assert "ssm-dist, int8" in text and "tp_all_reduce" in text
+
+
+def test_a_preset_that_does_not_exist_is_reported_among_others_and_raises_alone():
+    report, _ = measured(configuration("mamba-tiny", cases=["1x4+1"], models=["mamba-tinier", "mamba-tiny"]))
+    assert "mamba-tinier" in report["cases"][0]["error"] and "error" not in report["cases"][1]
+    with pytest.raises(UserError, match="mamba-tinier"):
+        run_benchmark(configuration("mamba-tinier", cases=["1x4+1"]))
+
+
+def test_a_case_is_written_as_prompts_by_tokens_plus_new_ones():
+    assert parse_case("64x2048+128") == Case(64, 2048, 128) and str(Case(1, 2, 3)) == "1x2+3"
+    for wrong in ("64x2048", "64 x 2048 + 128", "0x5+1", "axb+c"):
+        with pytest.raises(UserError, match="as in '64x2048"):
+            parse_case(wrong)
+    grid = BenchmarkConfig(batches=(1, 2), prompt_tokens=(4,), new_tokens=(1, 8), cases=("2x4+8", "9x9+9"))
+    assert [str(case) for case in cases_of(grid)] == ["1x4+1", "1x4+8", "2x4+1", "2x4+8", "9x9+9"]
+
+
+def test_one_number_of_new_tokens_is_enough_and_counts_begin_at_one():
+    assert BenchmarkConfig.model_validate({"new_tokens": 16}).new_tokens == (16,)
+    for key in ("batches", "prompt_tokens", "new_tokens"):
+        with pytest.raises(ValueError, match="at least 1"):
+            BenchmarkConfig.model_validate({key: [4, 0]})
+
+
+def test_a_trace_shows_the_prefill_and_decode_steps(tmp_path):
+    trace = tmp_path / "trace.json"
+    run_benchmark(configuration("mamba-tiny", cases=["1x4+3"], profile=str(trace)))
+    names = {event["name"] for event in json.loads(trace.read_text())["traceEvents"]}
+    assert any(name.startswith("aten::") for name in names)
+    elsewhere = str(tmp_path / "no" / "trace.json")
+    with pytest.raises(UserError, match="no folder"):
+        run_benchmark(configuration("mamba-tiny", cases=["1x4+3"], profile=elsewhere))
+
+
+def test_a_step_is_the_difference_of_two_runs():
+    short, long = Tally(launches=10, busy=3.0), Tally(launches=18, busy=5.0)
+    for tally, count, seconds in ((short, 2, 0.5), (long, 10, 2.5)):
+        tally.count |= {"gemm": count, "only in prefill": 7}
+        tally.seconds |= {"gemm": seconds, "only in prefill": 1.0}
+    told = long.minus(short, 4).told()
+    assert (told["kernels"], told["launches"], told["busy_ms"]) == (2, 2, 500.0)
+    assert told["longest"] == [{"name": "gemm", "count": 2.0, "ms": 500.0}]
+
+
+def test_time_covered_by_overlapping_kernels_counts_once():
+    assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4 and covered([]) == 0
+
+
+def test_reductions_are_known_by_their_kernels_names():
+    for name in ("ncclDevKernel_AllReduce_Sum_bf16", "_push_sum_kernel", "bulk_kernel"):
+        assert is_reduction(name)
+    for name in ("_add_rms_norm_kernel", "sm90_xmma_gemm_bf16", "ssm_dist::selective_scan"):
+        assert not is_reduction(name)

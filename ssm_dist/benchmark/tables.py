@@ -1,0 +1,139 @@
+"""Documents of runs, ours and the peers', as rows, and rows as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+
+CASE = ("batch", "prompt_tokens", "new_tokens")
+MATCH = ("model", *CASE)
+"""What cases of unlike systems and degrees are compared by."""
+
+
+def rows_of(documents: Iterable[dict[str, Any]]) -> list[Row]:
+    """Every case of every document, and the system that ran it. Of several that measured alike, the last."""
+    rows: dict[tuple[Any, ...], Row] = {}
+    for document in documents:
+        told = {key: document.get(key) for key in ("system", "version", "quoted")}
+        for case in document["cases"]:
+            row = {"degree": 1, "codec": "none", "p2p": True, **told, **case}
+            rows[(label(row), row["degree"], *(row[key] for key in MATCH))] = row
+    return list(rows.values())
+
+
+def label(row: Row) -> str:
+    """The system, and what it was told to do otherwise than by default."""
+    name = row["system"] if row["system"] == "ssm-dist" else f"{row['system']} {row['version'] or ''}".strip()
+    parts = [name] + ([row["codec"]] if row["codec"] != "none" else []) + ([] if row["p2p"] else ["no P2P"])
+    if row["system"] == "ssm-dist" and row.get("kernels", "triton") not in ("triton", "reference"):
+        parts.append(row["kernels"])
+    return ", ".join(parts) + (" (quoted)" if row["quoted"] else "")
+
+
+def case_name(row: Row) -> str:
+    """BxP+G."""
+    return f"{row['batch']}x{row['prompt_tokens']}+{row['new_tokens']}"
+
+
+def table(columns: dict[str, Callable[[Row], Any]], rows: Iterable[Row]) -> str:
+    """A Markdown table; a column whose cells are all None is left out, other Nones are dashes."""
+    cells = [{name: value(row) for name, value in columns.items()} for row in rows]
+    names = [name for name in columns if any(row[name] is not None for row in cells)]
+    if not cells or not names:
+        return ""
+    numeric = [all(isinstance(row[name], (int, float, type(None))) for row in cells) for name in names]
+    lines = [_line(names), "|" + "".join("---:|" if right else "---|" for right in numeric)]
+    return "\n".join(lines + [_line([number(row[name]) for name in names]) for row in cells]) + "\n"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def number(value: Any) -> str:
+    """Four figures of a number, thousands apart; a dash for None."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def get(*path: str) -> Callable[[Row], Any]:
+    """What lies at a path of keys, or None."""
+
+    def value(row: Row) -> Any:
+        found: Any = row
+        for key in path:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found
+
+    return value
+
+
+def ratio(above: Callable[[Row], Any], below: Callable[[Row], Any]) -> Callable[[Row], Any]:
+    """The quotient of two values, or None."""
+
+    def value(row: Row) -> Any:
+        over, under = above(row), below(row)
+        return round(over / under, 3) if over is not None and under else None
+
+    return value
+
+
+def spread_percent(*path: str) -> Callable[[Row], Any]:
+    """How far the slowest and the fastest repeat are apart, in percent of the median."""
+
+    def value(row: Row) -> Any:
+        found = get(*path)(row)
+        return found and round(100 * (found["max"] - found["min"]) / found["median"], 1)
+
+    return value
+
+
+_WHO: dict[str, Callable[[Row], Any]] = {"case": case_name, "system": label, "degree": get("degree")}
+
+DECODE: dict[str, Callable[[Row], Any]] = _WHO | {
+    "ms a step": get("decode_ms_a_step"),
+    "± %": spread_percent("decode_step_seconds"),
+    "tokens/s": get("decode_tokens_per_second"),
+    "GB/s": get("decode_gb_per_second"),
+    "floor ms": get("decode_floor_ms"),
+    "of floor": ratio(get("decode_floor_ms"), get("decode_ms_a_step")),
+    "kernels": get("decode_breakdown", "kernels"),
+    "launches": get("decode_breakdown", "launches"),
+    "kernels ms": get("decode_breakdown", "busy_ms"),
+    "reductions ms": get("decode_breakdown", "reduction_ms"),
+    "compile": get("compile"),
+}
+
+PREFILL: dict[str, Callable[[Row], Any]] = _WHO | {
+    "tokens/s": get("prefill_tokens_per_second"),
+    "s": get("prefill_seconds", "median"),
+    "± %": spread_percent("prefill_seconds"),
+    "TFLOP/s a GPU": get("prefill_tflop_per_second_a_rank"),
+    "of floor": ratio(get("prefill_floor_seconds"), get("prefill_seconds", "median")),
+    "kernels": get("prefill_breakdown", "kernels"),
+    "kernels ms": get("prefill_breakdown", "busy_ms"),
+    "reductions ms": get("prefill_breakdown", "reduction_ms"),
+}
+
+REQUESTS: dict[str, Callable[[Row], Any]] = _WHO | {
+    "output tokens/s": get("output_tokens_per_second"),
+    "± %": spread_percent("request_seconds"),
+    "first token ms": get("first_token_ms", "median"),
+    "p99": get("first_token_ms", "p99"),
+    "a token ms": get("token_ms", "median"),
+    " p99": get("token_ms", "p99"),
+    "peak GB a GPU": lambda row: row.get("peak_memory_bytes") and row["peak_memory_bytes"] / 1e9,
+}
+
+ERRORS: dict[str, Callable[[Row], Any]] = _WHO | {"why it did not run": get("error")}
+
+LONGEST: dict[str, Callable[[Row], Any]] = {
+    "kernel": get("name"), "count": get("count"), "ms": get("ms"),
+}  # fmt: skip
