@@ -25,6 +25,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -70,6 +71,19 @@ def run_on_ranks(
     except BaseException:
         _pools.pop((n, device)).end()
         raise
+
+
+def start_on_ranks(
+    n: int, fn: Callable[..., Result], *args: Any, device: Device = "cpu", timeout: float = TIMEOUT
+) -> Future[list[Result]]:
+    """`run_on_ranks`, while the test goes on: on GPU hosts ranks take long to start, and to compile kernels.
+
+    One call after the other; until all have ended, nothing else may run on ranks.
+    """
+    return _beside.submit(run_on_ranks, n, fn, *args, device=device, timeout=timeout)
+
+
+_beside = ThreadPoolExecutor(1)
 
 
 def end_all_ranks() -> None:

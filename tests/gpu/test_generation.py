@@ -6,8 +6,7 @@ and meanwhile this process is degree 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import cache
 
 import pytest
@@ -18,7 +17,7 @@ from ssm_dist.text import Tokenizer
 from tests.engine.checkpoints import save_checkpoint
 from tests.gpu.generation_on_gpus import BACKENDS, GREEDY, PROMPTS, Answers, Backend, answers
 from tests.oracle import logits, random_model
-from tests.ranks import run_on_ranks
+from tests.ranks import start_on_ranks
 
 GPUS = torch.cuda.device_count()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a GPU")]
@@ -31,21 +30,20 @@ oracle: Callable[[str], PreTrainedModel] = cache(random_model)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], ByRank]]:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], ByRank]:
     """From a degree to what its ranks answered."""
     folders = {name: save_checkpoint(name, tmp_path_factory.mktemp(name) / "model") for name in NAMES}
-    with ThreadPoolExecutor(1) as beside:
-        started = {
-            degree: beside.submit(run_on_ranks, degree, answers, folders, device="cuda", timeout=200.0)
-            for degree in DEGREES
-            if 1 < degree <= GPUS
-        }
+    started = {
+        degree: start_on_ranks(degree, answers, folders, device="cuda", timeout=200.0)
+        for degree in DEGREES
+        if 1 < degree <= GPUS
+    }
 
-        @cache
-        def at(degree: int) -> ByRank:
-            return [answers(folders)] if degree == 1 else started[degree].result()
+    @cache
+    def at(degree: int) -> ByRank:
+        return [answers(folders)] if degree == 1 else started[degree].result()
 
-        yield at
+    return at
 
 
 @pytest.fixture(scope="module")
