@@ -53,10 +53,11 @@ def resolve_mode(section: CompileConfig, loaded: LoadedModel) -> Mode:
         return "capture" if captures else "none"
     if section.mode == "capture" and loaded.device.type != "cuda":
         raise UserError("[compile] mode = 'capture' needs a GPU; on a CPU choose 'none', 'compile' or 'auto'")
-    if section.mode != "none" and loaded.kernels == "reference" and loaded.device.type == "cuda":
+    asks = loaded.device.type == "cuda" or loaded.model.state_shapes().attention_sites > 0
+    if section.mode != "none" and loaded.kernels == "reference" and asks:
         raise UserError(
-            f"[compile] mode = {section.mode!r} needs [kernels] backend = 'triton' or 'mamba_ssm'; the "
-            "definitions of the ops ask the device for sizes, which cannot be captured"
+            f"[compile] mode = {section.mode!r} needs [kernels] backend = 'triton' or 'mamba_ssm' here: the "
+            "definitions of some ops read sizes back from the device; choose 'none' or 'auto' for them"
         )
     return section.mode
 

@@ -70,8 +70,17 @@ class Engine:
         self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
         self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
         self._decode: Callable[[Tensor], Sampled] = self._decode_step
+        self._compiled = compiled
         if compiled:
             self._decode = torch.compile(self._decode_step, fullgraph=True, dynamic=True)
+
+    @property
+    def how(self) -> str:
+        """How steps run, for people."""
+        decode = "compiled whole, without graph breaks" if self._compiled else "as written"
+        if self.graphs is None:
+            return f"decode {decode}"
+        return f"decode {decode}, {len(self.graphs)} steps captured in CUDA graphs"
 
     def capture_ahead(self) -> Iterator[int]:
         """Capture the greedy decode step for all batch sizes, the largest first; yields each one done."""

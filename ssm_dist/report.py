@@ -28,6 +28,7 @@ def run_table(llm: LLM, completions: list[Completion]) -> Table:
         "state a rank": f"{size(llm.cache.bytes_allocated)} ({llm.cache.max_sequences} sequences)",
         "ranks": f"{llm.config.parallel.tensor} x {llm.loaded.device.type}, {str(llm.loaded.dtype)[6:]}",
         "kernels": llm.loaded.kernels,
+        "steps": llm.engine.how,
         "reductions": llm.reduction,
     }
     if llm.prefixes.limits is not None:

@@ -63,7 +63,7 @@ def test_padded_steps_answer_as_plain_ones(name: str, tmp_path: Path) -> None:
 
 
 def test_an_end_that_is_read_late_hides_the_token_after_it(tmp_path: Path) -> None:
-    """Stopping by a token leaves one step in flight; its token is nobody's, and the slot is free for others."""
+    """Stopping by a token leaves one step in flight; its token is nobody's, and its slot is free."""
     engine = exact_engine(PURE, 1, 1)
     alone = exact_continuation([4, 2], 12, paged=False)
     stop = alone[5]
