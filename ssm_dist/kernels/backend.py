@@ -28,6 +28,7 @@ SERVES: dict[str, dict[str, str]] = {
     "causal_conv_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
     "decode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
+    "linear": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
@@ -40,6 +41,7 @@ MODULES = {
     "reference": (),
     "triton": (
         "triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention", "triton_codecs",
+        "triton_linear",
     ),
     "mamba_ssm": ("mamba_ssm_backend",),
 }  # fmt: skip

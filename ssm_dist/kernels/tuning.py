@@ -20,6 +20,7 @@ Rows: TypeAlias = list[tuple[float, Configuration]]
 """(largest size, configuration), rising; an op's wrapper says what its size counts."""
 
 ANY = float("inf")
+FOUR_DEEP: Configuration = {"num_warps": 4, "num_stages": 4}
 
 TABLE: dict[str, dict[int, Rows]] = {
     # size: tokens * channels
@@ -75,6 +76,24 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
         ],
     },
+    # up to 4 rows; size: numbers of the weight
+    "linear_vector": {
+        90: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
+        80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
+    },
+    # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums
+    "linear_16": {
+        90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 512, "PROGRAMS": 396, **FOUR_DEEP})],
+        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
+    },
+    "linear_32": {
+        90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 512, "PROGRAMS": 396, **FOUR_DEEP})],
+        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
+    },
+    "linear_64": {
+        90: [(ANY, {"BLOCK_N": 128, "BLOCK_K": 64, "AHEAD": 512, "PROGRAMS": 264, **FOUR_DEEP})],
+        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
+    },
 }
 
 _forced: dict[str, Configuration] = {}
@@ -88,7 +107,7 @@ def configuration(op: str, size: float, device: torch.device) -> Configuration:
     if op in _forced:
         return _forced[op]
     architectures = TABLE[op]
-    known = [a for a in architectures if a <= _architecture(device)] or [min(architectures)]
+    known = [a for a in architectures if a <= architecture(device)] or [min(architectures)]
     return next(config for limit, config in architectures[max(known)] if size <= limit)
 
 
@@ -103,7 +122,7 @@ def forced(op: str, config: Configuration) -> Iterator[None]:
 
 
 @functools.cache
-def _architecture(device: torch.device) -> int:
+def architecture(device: torch.device) -> int:
     """Compute capability as one number, 90 for 9.0; 0 for a CPU, where Triton's interpreter runs."""
     if device.type != "cuda":
         return 0

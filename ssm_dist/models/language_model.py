@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ssm_dist.models.batch import ModelState, RaggedBatch, StateShapes
-from ssm_dist.models.layers import AddRMSNorm
+from ssm_dist.models.layers import AddRMSNorm, Linear
 from ssm_dist.models.mixer import MixerConfig
 
 
@@ -47,7 +47,7 @@ class LanguageModel(nn.Module, ABC):
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
         self.final_norm = AddRMSNorm(config.d_model, config.norm_eps)
-        self.head = nn.Linear(config.d_model, config.vocab_rows, bias=False)
+        self.head = Linear(config.d_model, config.vocab_rows, bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
 

@@ -1,7 +1,6 @@
 """Layers that the models share. The sizes come from the parameters held, so a shard is a smaller layer."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_dist import kernels
@@ -31,6 +30,14 @@ class ResidualAdd(nn.Module):
         return residual if branch is None else residual + branch
 
 
+class Linear(nn.Linear):
+    """torch's linear layer, computed by `kernels.linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(T, in_features) -> (T, out_features)."""
+        return kernels.linear(input, self.weight, self.bias)
+
+
 class PackedLinear(nn.Module):
     """Two projections of one input held as one parameter (2, d_out, d_in), computed by one GEMM."""
 
@@ -42,5 +49,5 @@ class PackedLinear(nn.Module):
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, d_in) -> the two outputs (T, d_out), views of one packed result."""
         bias = None if self.bias is None else self.bias.flatten()
-        first, second = F.linear(hidden, self.weight.flatten(0, 1), bias).chunk(2, dim=-1)
+        first, second = kernels.linear(hidden, self.weight.flatten(0, 1), bias).chunk(2, dim=-1)
         return first, second

@@ -8,12 +8,11 @@ range of channels runs this same code on it.
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_dist import kernels
 from ssm_dist.models.batch import MixerState, RaggedBatch
-from ssm_dist.models.layers import PackedLinear
+from ssm_dist.models.layers import Linear, PackedLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +80,7 @@ class HeadwiseExpansion(nn.Module):
         """x (T, heads held, d_in) -> (T, channels held), without the bias."""
         heads = x.shape[1]
         if heads == 1:
-            return F.linear(x[:, 0], self.weight)
+            return kernels.linear(x[:, 0], self.weight)
         return torch.einsum("tgr,gcr->tgc", x, self.weight.unflatten(0, (heads, -1))).flatten(1)
 
 
@@ -98,7 +97,7 @@ class MambaMixer(nn.Module):
         self.dt_proj = HeadwiseExpansion(config.d_inner, config.dt_rank)
         self.A_log = nn.Parameter(torch.empty(config.d_inner, config.d_state, dtype=torch.float32))
         self.D = nn.Parameter(torch.empty(config.d_inner, dtype=torch.float32))
-        self.out_proj = nn.Linear(config.d_inner, config.d_model, bias=config.use_bias)
+        self.out_proj = Linear(config.d_inner, config.d_model, bias=config.use_bias)
 
     def forward(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
         """hidden (T, d_model), normed -> (T, d_model), the branch; `state` is updated in place."""

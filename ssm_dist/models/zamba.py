@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ssm_dist import kernels
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
-from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+from ssm_dist.models.layers import AddRMSNorm, Linear, ResidualAdd
 from ssm_dist.models.mamba import expansion, require_activation
 from ssm_dist.models.mixer import MambaMixer
 
@@ -104,7 +104,7 @@ class HeadLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, d_in) -> (T, heads held, head_dim)."""
-        return F.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
+        return kernels.linear(hidden, self.weight.flatten(0, 1)).unflatten(-1, self.weight.shape[:2])
 
 
 class HeadMerge(nn.Module):
@@ -116,7 +116,7 @@ class HeadMerge(nn.Module):
 
     def forward(self, attended: Tensor) -> Tensor:
         """(T, heads, head_dim) -> (T, d_out)."""
-        return F.linear(attended.flatten(1), self.weight.flatten(1))
+        return kernels.linear(attended.flatten(1), self.weight.flatten(1))
 
 
 class Attention(nn.Module):
@@ -147,9 +147,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, d_model: int, d_mlp: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.up_proj = nn.Linear(d_model, d_mlp, bias=False)
-        self.down_proj = nn.Linear(d_mlp, d_model, bias=False)
+        self.gate_proj = Linear(d_model, d_mlp, bias=False)
+        self.up_proj = Linear(d_model, d_mlp, bias=False)
+        self.down_proj = Linear(d_mlp, d_model, bias=False)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, d_model) -> (T, d_model)."""
@@ -181,7 +181,7 @@ class ZambaLayer(nn.Module):
         self.norm = AddRMSNorm(config.d_model, config.norm_eps)
         self.mixer = MambaMixer(config)
         self.add = ResidualAdd() if hybrid else None
-        self.linear = nn.Linear(config.d_model, config.d_model, bias=False) if hybrid else None
+        self.linear = Linear(config.d_model, config.d_model, bias=False) if hybrid else None
 
     def forward(
         self, branch: Tensor | None, residual: Tensor, batch: RaggedBatch, state: MixerState

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssm_dist.kernels import add_rms_norm
+from ssm_dist.kernels import add_rms_norm, linear
 from ssm_dist.parallel.collectives import (
     splits_residual,
     tp_all_gather,
@@ -132,7 +132,7 @@ class Rowwise(Style):
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         if getattr(module, "bias", None) is not None and tp.rank > 0:
-            module.forward = lambda x: F.linear(x, weight_of(module))
+            module.forward = lambda x: linear(x, weight_of(module))
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         return Reduction("partial, reduced at the next norm", weight_of(module).shape[0], degree)

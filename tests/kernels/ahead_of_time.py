@@ -27,6 +27,7 @@ from ssm_dist.kernels import (
     gluon_scan,
     triton_attention,
     triton_conv,
+    triton_linear,
     triton_norm,
     triton_scan,
     triton_update,
@@ -36,8 +37,9 @@ from ssm_dist.kernels import (
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
               "value_pages"],
-    "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals"],
-    "*i32": ["seq_offsets", "slots", "pages"],
+    "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals",
+              "parts"],
+    "*i32": ["seq_offsets", "slots", "pages", "counters"],
     "*i64": ["positions"],
 }  # fmt: skip
 """Types and the kernels' parameters that have them; what is not named is an integer."""
@@ -59,6 +61,10 @@ GLUON = {
     "num_warps": 4,
 }  # fmt: skip
 CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
+
+
+VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
+MATRIX = {"K": 5120, "SPAN": 1280, "HAS_BIAS": True}
 
 
 class Case(NamedTuple):
@@ -88,6 +94,10 @@ KERNELS: dict[str, Case] = {
     "scan, summary": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512, "SUMMARY": True}, "", (90,)),
     "scan, chunk": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512}, "", (90,)),
     "scan, 32 states": Case(triton_scan._scan_kernel, {**SCAN, "N": 32}, "", (90,)),
+    "linear, 1 row": Case(triton_linear._vector_kernel, {**VECTOR, "TOKENS": 1}, "linear_vector", (90,)),
+    "linear, 4 rows": Case(triton_linear._vector_kernel, {**VECTOR, "K": 2560, "TOKENS": 4}, "linear_vector"),
+    "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
+    "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}, "linear_64"),
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
     "gluon, two ahead": Case(gluon_scan.scan_kernel, {**GLUON, "DEPTH": 2}, "", (90,)),
     "gluon, no polynomial": Case(gluon_scan.scan_kernel, {**GLUON, "EXTRA": 0}, "", (90,)),
@@ -160,7 +170,8 @@ def all_resources() -> Iterator[dict[str, Any]]:
         for architecture in case.architectures:
             rows = tuning.TABLE.get(case.op, {architecture: [(0, {})]})
             config = next((c for limit, c in rows[architecture] if limit == 2), rows[architecture][-1][1])
-            kernel = compiled(case.kernel, {**case.given, **config}, architecture)
+            given = {"PDL": architecture >= 90, **case.given, **config}
+            kernel = compiled(case.kernel, given, architecture)
             yield {"kernel": name, "sm": architecture, **resources(kernel)}
 
 

@@ -1,0 +1,21 @@
+"""Linear layers. With few rows they are bound by reading the weight, which wants kernels of its own."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_dist.kernels import backend
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias.
+
+    x: (T, K); rows may be strided. weight: (N, K). bias: (N,) or None. Returns (T, N) in x's dtype, summed in
+    float32 where a kernel of ours serves it: a few rows of sixteen-bit numbers, while decoding.
+    """
+    return backend.implementation("linear")(x, weight, bias)
+
+
+@backend.register("linear", "reference")
+def linear_reference(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition of `linear` in plain torch."""
+    return F.linear(x, weight, bias)

@@ -1,0 +1,220 @@
+"""Triton kernels of linear layers with few rows, bound by reading the weight.
+
+Up to 4 rows multiply on the ordinary units: a program holds whole rows of the weight in registers, all asked
+for before it waits for its input. From 5 rows on, the tensor cores multiply: tiles of the weight from the
+left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few tiles to occupy the
+GPU, several programs share the sum of one, and the last to finish adds up their parts, in order.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.dependent_launch import launch_options, prefetch, start_next, wait_for_inputs
+from ssm_dist.kernels.operators import operator
+from ssm_dist.kernels.triton_common import factor
+
+MOST_ROWS = 64
+"""Beyond, cuBLAS is near the memory's bandwidth or bound by arithmetic."""
+
+VECTOR_ROWS = 4
+HELD = {1: 384, 2: 256, 3: 160, 4: 160}
+"""Rows -> bytes of the weight in a thread's registers at most: each row takes registers for its sums."""
+COUNTERS = 4096
+"""Tiles of a weight whose sum programs share, at most."""
+
+
+@triton.jit
+def columns_of(row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, START: tl.constexpr):
+    """A tile of columns START + k of rows that begin at `row`; zeros past K."""
+    if START + BLOCK_K <= K:
+        tile = tl.load(row + (START + k))
+    else:
+        tile = tl.load(row + (START + k), mask=START + k < K, other=0.0)
+    return tile
+
+
+@triton.jit
+def _vector_kernel(
+    x, weight, bias, y, x_row, columns,
+    K: tl.constexpr, TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N numbers of each of TOKENS rows. It also fetches the weights AHEAD programs on."""
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    GROUP: tl.constexpr = 16 // TOKENS
+    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    start_next(PDL)
+    program = tl.program_id(0)
+    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    row = weight + (tl.minimum(n, columns - 1).to(tl.int64) * K)[:, None]
+    tiles = ()
+    for c in tl.static_range(CHUNKS):
+        tiles += (columns_of(row, k[None, :], K, BLOCK_K, c * BLOCK_K),)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    if AHEAD > 0 and BLOCK_N * K * BYTES % 16 == 0:
+        later = (program + AHEAD) * BLOCK_N
+        if later + BLOCK_N <= columns:
+            prefetch(weight + later.to(tl.int64) * K + tl.arange(0, 1), BLOCK_N * K * BYTES, PDL)
+    wait_for_inputs(PDL)
+
+    # Loaded once for each row of the weight, the inputs are where their factors are: in the same threads.
+    same_row = x + tl.zeros((BLOCK_N, 1), tl.int32)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums += (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
+    for first in tl.static_range(0, CHUNKS, GROUP):
+        # The inputs of several chunks are asked for together: each wait for one would be added.
+        inputs = ()
+        for i in tl.static_range(GROUP):
+            for t in tl.static_range(TOKENS):
+                if first + i < CHUNKS:
+                    at = same_row + t * x_row
+                    inputs += (columns_of(at, k[None, :], K, BLOCK_K, (first + i) * BLOCK_K),)
+        for i in tl.static_range(GROUP):
+            if first + i < CHUNKS:
+                factors = tiles[first + i].to(tl.float32)
+                added = ()
+                for t in tl.static_range(TOKENS):
+                    added += (sums[t] + factors * inputs[i * TOKENS + t].to(tl.float32),)
+                sums = added
+    for t in tl.static_range(TOKENS):
+        total = tl.sum(sums[t], 1) + offset
+        tl.store(y + t * columns.to(tl.int64) + n, total.to(y.dtype.element_ty), mask=n < columns)
+
+
+@triton.jit
+def _last_to_finish(counter, PARTS: tl.constexpr):
+    """Whether all PARTS programs that share a counter have stored what they have; resets it then."""
+    tl.debug_barrier()
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _matrix_kernel(
+    x, weight, bias, y, parts, counters, x_row, tokens, columns,
+    K: tl.constexpr, SPAN: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N numbers of all rows, summed over SPAN of K; see the module."""
+    PARTS: tl.constexpr = (K + SPAN - 1) // SPAN
+    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    start_next(PDL)
+    tile = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    begin = part * SPAN
+    n, k, t = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
+    row = weight + tl.minimum(n, columns - 1).to(tl.int64) * K
+    if AHEAD > 0 and K * BYTES % 16 == 0:
+        prefetch(row + begin, tl.minimum(AHEAD, K - begin) * BYTES, PDL)
+    wait_for_inputs(PDL)
+
+    input_row = x + (tl.minimum(t, tokens - 1) * x_row)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    for at in range(begin, tl.minimum(begin + SPAN, K), BLOCK_K):
+        if K % BLOCK_K == 0:
+            left = tl.load(row[:, None] + (at + k)[None, :])
+            right = tl.load(input_row + (at + k)[:, None])
+        else:
+            left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < K)[None, :], other=0.0)
+            right = tl.load(input_row + (at + k)[:, None], mask=(at + k < K)[:, None], other=0.0)
+        total = tl.dot(factor(left), factor(right), total)
+
+    sums = tl.trans(total)
+    cell = t.to(tl.int64)[:, None] * columns + n[None, :]
+    inside = (t < tokens)[:, None] & (n < columns)[None, :]
+    last = True
+    if PARTS > 1:
+        size = tokens.to(tl.int64) * columns
+        tl.store(parts + part * size + cell, sums, mask=inside)
+        last = _last_to_finish(counters + tile, PARTS)
+        if last:
+            sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            for other in range(PARTS):
+                sums += tl.load(parts + other * size + cell, mask=inside, other=0.0, cache_modifier=".cg")
+    if last:
+        if HAS_BIAS:
+            sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        tl.store(y + cell, sums.to(y.dtype.element_ty), mask=inside)
+
+
+def _vector_blocks(config: dict[str, Any], tokens: int, width: int, size: int) -> dict[str, Any]:
+    """The configuration with fewer rows where a thread could not hold them, and its columns a chunk.
+
+    A warp takes 512 bytes of a row at once; warps without a row of their own share one.
+    """
+    rows, warps = config["BLOCK_N"], config["num_warps"]
+    while rows > 1 and rows * width * size > HELD[tokens] * 32 * warps:
+        rows //= 2
+    return {**config, "BLOCK_N": rows, "BLOCK_K": 512 // size * max(1, warps // rows)}
+
+
+def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    (tokens, width), columns = x.shape, weight.shape[0]
+    config = tuning.configuration("linear_vector", weight.numel(), x.device)
+    blocks = _vector_blocks(config, tokens, width, weight.element_size())
+    _vector_kernel[(triton.cdiv(columns, blocks["BLOCK_N"]),)](
+        x, weight, bias, y, x.stride(0), columns,
+        K=width, TOKENS=tokens, HAS_BIAS=bias is not None, enable_fp_fusion=True,
+        **blocks, **launch_options(x.device),
+    )  # fmt: skip
+
+
+def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    (tokens, width), columns = x.shape, weight.shape[0]
+    rows = next(rows for rows in (16, 32, 64) if tokens <= rows)
+    config = dict(tuning.configuration(f"linear_{rows}", weight.numel(), x.device))
+    tiles, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
+    shares = min(max(1, config.pop("PROGRAMS") // tiles), steps) if tiles <= COUNTERS else 1
+    span = triton.cdiv(steps, shares) * config["BLOCK_K"]
+    shares = triton.cdiv(width, span)
+    parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
+    _matrix_kernel[(tiles * shares,)](
+        x, weight, bias, y, parts, _counters(x.device), x.stride(0), tokens, columns,
+        K=width, SPAN=span, HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True,
+        **config, **launch_options(x.device),
+    )  # fmt: skip
+
+
+@functools.cache
+def _counters(device: torch.device) -> Tensor:
+    """(COUNTERS,) int32 zeros, which every launch leaves as zeros. One stream at a time may use them."""
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+
+
+def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@operator("linear", fake=_outputs)
+def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _outputs(x, weight, bias)
+    with torch.cuda.device_of(x):
+        (_vector if x.shape[0] <= VECTOR_ROWS else _matrix)(x, weight, bias, y)
+    return y
+
+
+@backend.register("linear", "triton")
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`ssm_dist.kernels.linear`: by these kernels where they serve, otherwise as torch does it."""
+    if x.dim() != 2 or x.dtype != weight.dtype or not 0 < x.shape[0] <= MOST_ROWS:
+        return F.linear(x, weight, bias)
+    if x.stride(1) != 1 or not weight.is_contiguous():
+        return F.linear(x, weight, bias)
+    if x.element_size() > 2 and x.shape[0] > VECTOR_ROWS:
+        return F.linear(x, weight, bias)
+    return _few_rows(x, weight, bias)

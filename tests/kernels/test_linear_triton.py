@@ -1,0 +1,74 @@
+"""The Triton kernels of linear layers with few rows, in the interpreter."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssm_dist import kernels
+from ssm_dist.kernels import tuning
+
+pytestmark = pytest.mark.usefixtures("triton_backend")
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+NARROW, WIDE = [(1, 1), (7, 37), (9, 520)], [(1, 1), (70, 37), (9, 300)]
+"""(N, K)."""
+TILES = {"BLOCK_N": 16, "BLOCK_K": 32, "AHEAD": 0, "num_warps": 4, "num_stages": 2}
+
+
+def inputs(tokens: int, shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x, a view of something wider, weight and bias."""
+    columns, width = shape
+    x = torch.randn(tokens, 2 * width + 1).to(dtype)[:, 1 : width + 1]
+    return x, torch.randn(shape).to(dtype), torch.randn(columns).to(dtype)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Within what sums of K products in float32 may be off in any order, and one rounding of the result."""
+    y = kernels.linear(x, weight, bias)
+    exact = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    size = x.double().abs() @ weight.double().abs().T + (0 if bias is None else bias.double().abs())
+    bound = (x.shape[1] + 2) * 2.0**-24 * size + torch.finfo(y.dtype).eps * exact.abs()
+    assert y.dtype == x.dtype and y.is_contiguous()
+    assert ((y.double() - exact).abs() <= bound + torch.finfo(y.dtype).tiny).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 4])
+@pytest.mark.parametrize("shape", NARROW, ids=str)
+def test_one_to_four_rows_are_multiplied(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
+    x, weight, bias = inputs(tokens, shape, dtype)
+    check(x, weight, bias)
+    check(x, weight, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 17, 64])
+@pytest.mark.parametrize("shape", WIDE, ids=str)
+def test_up_to_64_rows_are_multiplied(dtype: torch.dtype, tokens: int, shape: tuple[int, int]) -> None:
+    x, weight, bias = inputs(tokens, shape, dtype)
+    check(x, weight, bias)
+    check(x, weight, None)
+
+
+@pytest.mark.parametrize("programs", [1, 6, 10, 1000])
+def test_programs_that_share_a_sum_count_to_zero_again(programs: int) -> None:
+    x, weight, bias = inputs(6, (36, 300), torch.bfloat16)
+    with tuning.forced("linear_16", {**TILES, "PROGRAMS": programs}):
+        first = kernels.linear(x, weight, bias)
+        check(x, weight, bias)
+        assert torch.equal(kernels.linear(x, weight, bias), first)
+
+
+@pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.bfloat16), (5, torch.float32), (65, torch.bfloat16)])
+def test_other_numbers_of_rows_are_left_to_torch(tokens: int, dtype: torch.dtype) -> None:
+    x, weight, bias = inputs(tokens, (5, 7), dtype)
+    assert torch.equal(kernels.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+def test_nan_stays_in_its_row() -> None:
+    for tokens in (3, 6):
+        x, weight, bias = inputs(tokens, (7, 37), torch.bfloat16)
+        x[1] = torch.nan
+        y = kernels.linear(x, weight, bias)
+        others = [t for t in range(tokens) if t != 1]
+        assert y[1].isnan().all() and not y[others].isnan().any()
