@@ -26,7 +26,7 @@ def error_bound(x: Tensor, codec: str, group_size: int) -> Tensor:
     Half a step: of a uniform grid, or of e4m3 with its 3 bits, whose subnormals are 2 ** -9 apart.
     """
     if codec == "none":
-        return torch.zeros(x.shape, dtype=torch.float64)
+        return x.new_zeros(x.shape, dtype=torch.float64)
     scale = scales(x, codec, group_size)
     half = torch.maximum(x.double().abs() / 16, scale / 1024) if codec == "fp8" else scale / 2
     return half * FLOAT32_ROUNDING + 2.0**-20 * x.double().abs() + 1e-38

@@ -43,10 +43,10 @@ class Case:
     def __str__(self) -> str:
         return f"{self.kind}-{self.rows}x{self.width}-{str(self.dtype)[6:]}-{self.codec}-{self.group_size}"
 
-    def part(self, rank: int) -> Tensor:
+    def part(self, rank: int, device: torch.device | str = "cpu") -> Tensor:
         """What a rank contributes; every rank can compute everybody's."""
-        generator = torch.Generator().manual_seed(100 + rank)
-        x = torch.randn(self.rows, self.width, generator=generator)
+        generator = torch.Generator(device).manual_seed(100 + rank)
+        x = torch.randn(self.rows, self.width, generator=generator, device=device)
         return INPUTS[self.kind](x, rank).to(self.dtype)
 
 
@@ -153,18 +153,15 @@ def compiled_and_eager(codec: str) -> tuple[Tensor, Tensor]:
 
 
 def traced_with_shared_memory() -> tuple[list[str], int]:
-    """Reductions in the graphs of a norm, for few tokens and for many, were GPUs to share memory; the graphs."""
-    from ssm_dist.kernels.triton_bulk import BulkMemory
-    from ssm_dist.kernels.triton_push import PushMemory
+    """Reductions in the graphs of a norm of few tokens and many, were memory shared; number of graphs."""
     from ssm_dist.models.layers import AddRMSNorm
     from ssm_dist.parallel.collectives.groups import group_named
-    from ssm_dist.parallel.collectives.shared import SharedMemory
+    from ssm_dist.parallel.collectives.shared import memory_at
     from ssm_dist.parallel.styles import ReduceAddNorm
 
-    tp, word = all_ranks(), torch.zeros(1, dtype=torch.int32)
-    push = PushMemory(tp.rank, (0,) * tp.degree, torch.zeros(1024, dtype=torch.int32), word, 4096, 1)
-    group, norm = group_named(tp.group), AddRMSNorm(1024, 1e-5)
-    group.memory = SharedMemory(push, BulkMemory(tp.rank, push.peers, word, word, 2**26, 1), word, None)
+    tp, norm = all_ranks(), AddRMSNorm(1024, 1e-5)
+    group = group_named(tp.group)
+    group.memory = memory_at([0] * tp.degree, group, 4096, 2**26, torch.device("cpu"))
     ReduceAddNorm(may_split=True).install(norm, tp)
     graphs: list[torch.fx.GraphModule] = []
 

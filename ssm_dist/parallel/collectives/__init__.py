@@ -9,6 +9,7 @@ A group travels as a string, since an op takes no process group; `register_group
     gather        gathers, maxima, broadcasts
     groups        groups by name
     tables        which algorithm is the fastest, as data
+    compiling     their kernels, compiled ahead
     failures      bounded waits, and which rank is to blame
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import atexit
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
 
@@ -49,6 +49,12 @@ def register_group(name: str, handle: dist.ProcessGroup, timeout_seconds: float 
         timeout_seconds,
     )  # fmt: skip
     return name
+
+
+def register_lone_rank(name: str, size: int) -> Group:
+    """A group of which this is rank 0, and whose other ranks need not exist: no process group serves it."""
+    _groups[name] = Group(name, cast(dist.ProcessGroup, None), 0, size, "none", TIMEOUT_SECONDS)
+    return _groups[name]
 
 
 def carrier(name: str) -> str:

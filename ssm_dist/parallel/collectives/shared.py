@@ -147,15 +147,29 @@ def _open(
     problems = [p for p in _everybodys(group, problem) if p is not None]  # nobody sends before all are ready
     if problems:
         return None, f"memory cannot be shared ({problems[0]})"
-    addresses = list(handle[0].buffer_ptrs)
+    return _memory_at(list(handle[0].buffer_ptrs), group, slots, slot_bytes, capacity, device, handle), None
+
+
+def memory_at(
+    addresses: list[int], group: Group, row_bytes: int, message_bytes: int, device: torch.device
+) -> SharedMemory:
+    """What `open_shared_memory` would make of memories at these addresses, by rank."""
+    return _memory_at(addresses, group, *_sizes(group.size, row_bytes, message_bytes), device, None)
+
+
+def _memory_at(
+    addresses: list[int], group: Group, slots: int, slot_bytes: int, capacity: int, device: torch.device,
+    handle: Any,
+) -> SharedMemory:  # fmt: skip
     around = addresses[group.rank + 1 :] + addresses[: group.rank + 1]
-    error = torch.zeros(1, dtype=torch.int32).pin_memory()
+    at_push = bulk_bytes(group.size, capacity)
+    error = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
     counters = torch.zeros(slots, dtype=torch.int32, device=device)
     epochs = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
     limit = _nanoseconds(group.timeout_seconds)
     push = PushMemory(group.rank, tuple(a + at_push for a in around), counters, error, slot_bytes, limit)
     bulk = BulkMemory(group.rank, tuple(around), epochs, error, capacity, limit)
-    return SharedMemory(push, bulk, error, handle), None
+    return SharedMemory(push, bulk, error, handle)
 
 
 def _rendezvous(group: Group, bulk: int, push: int, device: torch.device) -> tuple[Any, str | None]:
