@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ssm_dist import memory
 from ssm_dist.checkpoint import random_parameters
@@ -21,38 +18,11 @@ from ssm_dist.parallel import apply_plan, localise, resolve_plan
 from ssm_dist.registry import preset
 from ssm_dist.state_cache import StateCache
 from tests.checkpoint.ours import tensor_parallel
+from tests.live_bytes import LiveBytes
 from tests.ranks import run_on_ranks
 
 SETTINGS = {"max_sequences": 3, "max_tokens": 1000, "state_dtype": torch.float32}
 CPU = torch.device("cpu")
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is on and still alive, and their peak."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)
-        }
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in before:
-                self._count(tensor.untyped_storage())
-        return out
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, size)
-
-    def _free(self, size: int) -> None:
-        self.live -= size
 
 
 def allocated(name: str, dtype: torch.dtype) -> tuple[int, int, MemoryNeed]:
