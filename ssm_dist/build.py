@@ -177,6 +177,7 @@ def _check_memory(
         max_tokens=config.cache.max_tokens,
         chunk_tokens=config.prefill.chunk_tokens,
         prefix_bytes=config.cache.prefix_device_bytes,
+        captured=ranks.device.type == "cuda" and config.compile.mode != "none",
     )
 
     def least(free: int) -> int:

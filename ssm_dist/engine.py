@@ -71,6 +71,7 @@ class Engine:
         self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
         self._decode: Callable[[Tensor], Sampled] = self._decode_step
         self._compiled = compiled
+        self._hidden: Tensor | None = None
         if compiled:
             self._decode = torch.compile(self._decode_step, fullgraph=True, dynamic=True)
 
@@ -128,12 +129,20 @@ class Engine:
         nobodys = [self.cache.padding_slot] * sequences
         hidden: Tensor = self.graphs.run(
             ("prefill", padded, sequences),
-            lambda inputs: self._prefill(inputs, padded, sequences),
+            lambda inputs: self._prefill_into_place(inputs, padded, sequences),
             numbers,
             [0] * (2 * padded + sequences) + [padded, *nobodys],
             lazy=True,
         )
         return hidden[: len(tokens)]
+
+    def _prefill_into_place(self, numbers: Tensor, tokens: int, sequences: int) -> Tensor:
+        """`_prefill` with results in the same memory always: graphs of many sizes would each hold their own."""
+        hidden = self._prefill(numbers, tokens, sequences)
+        if self._hidden is None or len(self._hidden) < tokens:
+            most = max(tokens, self._chunk_tokens)
+            self._hidden = hidden.new_empty((most, *hidden.shape[1:]))
+        return self._hidden[:tokens].copy_(hidden)
 
     def _prefill_numbers(
         self, chunks: list[Chunk], tokens: list[int], padded: int, sequences: int

@@ -13,6 +13,8 @@ and the largest of what lives beside it at different times:
              10 * max(TIME_BLOCK, sequences) * D * N * 4     float32 states of a block, or of a decode step
     block    T * (H * (2 b + 36) + 4 b (A + M))     Zamba's shared block, on the embeddings and the stream
     logits   sequences * vocabulary * 48     gathered, in float32, and sorted with their indices
+
+Captured steps hold theirs in a pool of their own, beside those of steps that are not captured yet: twice that.
 """
 
 from __future__ import annotations
@@ -62,11 +64,12 @@ def estimate(
     max_tokens: int,
     chunk_tokens: int,
     prefix_bytes: int = 0,
+    captured: bool = False,
 ) -> MemoryNeed:
     """What a rank needs to run a model; the last four are [cache] and [prefill] settings.
 
     shapes: of the whole model, as `state_shapes()` gives them before it is sharded; placements: of all its
-    parameters, from the resolved plan.
+    parameters, from the resolved plan. captured: steps may be captured in CUDA graphs.
     """
     degree = placements[0].degree
     mine = replace(
@@ -80,7 +83,8 @@ def estimate(
         weights=_weight_bytes(placements, dtype, config.tied_head),
         states=states.slots + prefix_bytes,
         kv_pages=states.kv_pages,
-        activations=_activation_bytes(config, degree, dtype.itemsize, max_sequences, chunk_tokens),
+        activations=_activation_bytes(config, degree, dtype.itemsize, max_sequences, chunk_tokens)
+        * (2 if captured else 1),
     )
 
 
