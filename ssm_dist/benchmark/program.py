@@ -86,9 +86,10 @@ def _measure(
 
 
 def variants_of(config: Config) -> Iterator[Config]:
-    """One configuration for each model, codec and backend that [benchmark] names."""
+    """One configuration for each model, codec and backend that [benchmark] names; one rank needs no codecs."""
     grid = config.benchmark
-    product = itertools.product(grid.models or (None,), grid.codecs or (None,), grid.backends or (None,))
+    codecs = grid.codecs if config.parallel.tensor > 1 else ()
+    product = itertools.product(grid.models or (None,), codecs or (None,), grid.backends or (None,))
     for model, codec, backend in product:
         changes: dict[str, Any] = {}
         if model is not None:
@@ -116,12 +117,12 @@ def barrier() -> None:
 
 
 def named(config: Config) -> dict[str, Any]:
-    """What a case was asked to run with; cases of unlike documents are compared by it."""
-    asked = config.model
+    """What a case runs with that cases of unlike documents are compared by."""
+    asked, degree = config.model, config.parallel.tensor
     return {
         "model": asked.preset or Path(asked.checkpoint or "").name,
-        "degree": config.parallel.tensor,
-        "codec": config.reduction.codec,
+        "degree": degree,
+        "codec": config.reduction.codec if degree > 1 else "none",
         "p2p": os.environ.get("NCCL_P2P_DISABLE") != "1",
     }
 
