@@ -137,7 +137,7 @@ class Engine:
         return hidden[: len(tokens)]
 
     def _prefill_into_place(self, numbers: Tensor, tokens: int, sequences: int) -> Tensor:
-        """`_prefill` with results in the same memory always: graphs of many sizes would each hold their own."""
+        """`_prefill`, its results always in the same memory: each graph would hold its own otherwise."""
         hidden = self._prefill(numbers, tokens, sequences)
         if self._hidden is None or len(self._hidden) < tokens:
             most = max(tokens, self._chunk_tokens)

@@ -14,7 +14,7 @@ and the largest of what lives beside it at different times:
     block    T * (H * (2 b + 36) + 4 b (A + M))     Zamba's shared block, on the embeddings and the stream
     logits   sequences * vocabulary * 48     gathered, in float32, and sorted with their indices
 
-Captured steps hold theirs in a pool of their own, beside those of steps that are not captured yet: twice that.
+Captured steps hold theirs in a pool of their own, beside those of steps not captured yet: twice that.
 """
 
 from __future__ import annotations
