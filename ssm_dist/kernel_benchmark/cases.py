@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ssm_dist import kernels
+from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.models.zamba import ZambaConfig
 from ssm_dist.registry import preset
 
@@ -23,6 +24,8 @@ DECODES = (1, 64, 256)
 """Sequences."""
 ROWS = (1, 64, 256, 16384)
 """Of the norms."""
+FEW_ROWS = (1, 4, 16, 64)
+"""Of linear layers."""
 ATTENTIONS = ((1, 1), (64, 1), (1, 2048))
 """(sequences, new tokens of each)."""
 CONTEXT = 4096
@@ -68,6 +71,8 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
             for sequences in DECODES:
                 yield _conv(sizes, sequences, 1)
                 yield _scan(sizes, sequences, 1)
+            for columns, width in linear_layers(config, degree):
+                yield from (_linear(model, degree, columns, width, rows) for rows in FEW_ROWS)
             if degree == 1:
                 yield from (_add_norm(model, config.d_model, rows) for rows in ROWS)
             if getattr(config, "mixer_rms_eps", None) and degree == 1:
@@ -151,6 +156,22 @@ def _add_norm(model: str, width: int, rows: int) -> Case:
 
     moved = width * (rows * 2 * (HALF + WIDE) + HALF)
     return Case("add_rms_norm", model, 1, rows, 1, width, make, moved)
+
+
+def linear_layers(config: LanguageModelConfig, degree: int) -> Iterator[tuple[int, int]]:
+    """(outputs, inputs) that a rank holds of in_proj, out_proj and the head."""
+    channels = config.d_inner // degree
+    yield 2 * channels, config.d_model
+    yield config.d_model, channels
+    yield config.vocab_rows // degree, config.d_model
+
+
+def _linear(model: str, degree: int, columns: int, width: int, rows: int) -> Case:
+    def make(device: torch.device) -> list[Any]:
+        return [_normal(rows, width, device=device), _normal(columns, width, device=device)]
+
+    moved = HALF * (columns * width + rows * (columns + width))
+    return Case("linear", model, degree, rows, 1, columns, make, moved, 2 * rows * columns * width)
 
 
 def _normalize(model: str, width: int, rows: int) -> Case:

@@ -1,4 +1,4 @@
-"""mamba-ssm's and causal-conv1d's kernels on the arguments of our ops, for the kernel benchmark.
+"""torch's, mamba-ssm's and causal-conv1d's kernels on the arguments of our ops, for the kernel benchmark.
 
 They get what suits them: their layouts, A instead of A_log, fresh states, no slots where they take none. All
 of that is made before the clock starts. Where one has two layouts, both are offered and the faster counts.
@@ -6,12 +6,14 @@ of that is made before the clock starts. Where one has two layouts, both are off
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
@@ -23,7 +25,9 @@ Peer = Callable[..., Call]
 
 def installed_peers() -> dict[str, dict[str, Peer]]:
     """Op -> name -> peer, of what is installed; logs what is not."""
-    peers: dict[str, dict[str, Peer]] = {}
+    peers: dict[str, dict[str, Peer]] = {
+        "linear": {"torch": lambda x, weight: functools.partial(F.linear, x, weight)}
+    }
     for package, offer in (("causal_conv1d", _causal_conv1d), ("mamba_ssm", _mamba_ssm)):
         try:
             found = offer()

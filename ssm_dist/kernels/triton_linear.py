@@ -95,56 +95,58 @@ def _vector_kernel(
 
 
 @triton.jit
-def _last_to_finish(counter, PARTS: tl.constexpr):
-    """Whether all PARTS programs that share a counter have stored what they have; resets it then."""
+def _last_to_finish(counter, programs):
+    """Whether all programs that share a counter have stored what they have; resets it then."""
     tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == PARTS - 1
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(counter, 0)
     return last
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "shares"])
 def _matrix_kernel(
-    x, weight, bias, y, parts, counters, x_row, tokens, columns,
-    K: tl.constexpr, SPAN: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares,
+    SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N numbers of all rows, summed over SPAN of K; see the module."""
-    PARTS: tl.constexpr = (K + SPAN - 1) // SPAN
+    """One program: BLOCK_N numbers of all rows, summed over one of `shares` spans of the width.
+
+    WHOLE: the width consists of whole blocks, and its rows may be prefetched.
+    """
     BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     start_next(PDL)
-    tile = tl.program_id(0) // PARTS
-    part = tl.program_id(0) % PARTS
-    begin = part * SPAN
+    tile = tl.program_id(0) // shares
+    share = tl.program_id(0) % shares
+    begin = share * span
     n, k, t = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
-    row = weight + tl.minimum(n, columns - 1).to(tl.int64) * K
-    if AHEAD > 0 and K * BYTES % 16 == 0:
-        prefetch(row + begin, tl.minimum(AHEAD, K - begin) * BYTES, PDL)
+    row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
+    if AHEAD > 0 and WHOLE:
+        prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
     wait_for_inputs(PDL)
 
     input_row = x + (tl.minimum(t, tokens - 1) * x_row)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for at in range(begin, tl.minimum(begin + SPAN, K), BLOCK_K):
-        if K % BLOCK_K == 0:
+    for at in range(begin, tl.minimum(begin + span, width), BLOCK_K):
+        if WHOLE:
             left = tl.load(row[:, None] + (at + k)[None, :])
             right = tl.load(input_row + (at + k)[:, None])
         else:
-            left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < K)[None, :], other=0.0)
-            right = tl.load(input_row + (at + k)[:, None], mask=(at + k < K)[:, None], other=0.0)
+            left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < width)[None, :], other=0.0)
+            right = tl.load(input_row + (at + k)[:, None], mask=(at + k < width)[:, None], other=0.0)
         total = tl.dot(factor(left), factor(right), total)
 
     sums = tl.trans(total)
     cell = t.to(tl.int64)[:, None] * columns + n[None, :]
     inside = (t < tokens)[:, None] & (n < columns)[None, :]
     last = True
-    if PARTS > 1:
+    if SHARED:
         size = tokens.to(tl.int64) * columns
-        tl.store(parts + part * size + cell, sums, mask=inside)
-        last = _last_to_finish(counters + tile, PARTS)
+        tl.store(parts + share * size + cell, sums, mask=inside)
+        last = _last_to_finish(counters + tile, shares)
         if last:
             sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
-            for other in range(PARTS):
+            for other in range(shares):
                 sums += tl.load(parts + other * size + cell, mask=inside, other=0.0, cache_modifier=".cg")
     if last:
         if HAS_BIAS:
@@ -184,8 +186,8 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     shares = triton.cdiv(width, span)
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     _matrix_kernel[(tiles * shares,)](
-        x, weight, bias, y, parts, _counters(x.device), x.stride(0), tokens, columns,
-        K=width, SPAN=span, HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True,
+        x, weight, bias, y, parts, _counters(x.device), x.stride(0), tokens, columns, width, span, shares,
+        SHARED=shares > 1, WHOLE=width % config["BLOCK_K"] == 0, HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True,
         **config, **launch_options(x.device),
     )  # fmt: skip
 

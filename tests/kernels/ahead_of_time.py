@@ -64,7 +64,7 @@ CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
 
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
-MATRIX = {"K": 5120, "SPAN": 1280, "HAS_BIAS": True}
+MATRIX = {"SHARED": True, "WHOLE": True, "HAS_BIAS": True}
 
 
 class Case(NamedTuple):
