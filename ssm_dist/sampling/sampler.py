@@ -52,6 +52,7 @@ class Sampler:
         self.device = torch.device(device)
         self.work = Work()
         self._admitted: dict[int, SamplingParams] = {}
+        self._written = [SamplingParams()] * max_sequences
         with self.device:
             self._greedy = torch.ones(max_sequences, dtype=torch.bool)
             self._temperature = torch.ones(max_sequences)
@@ -66,13 +67,8 @@ class Sampler:
     def admit(self, slot: int, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
         """Take a request into a free slot. `prompt_ids` are all the tokens it has so far, for its penalty."""
         assert slot not in self._admitted, f"slot {slot} is taken; release it first"
-        self._greedy[slot] = params.greedy
-        self._temperature[slot] = 1.0 if params.greedy else params.temperature
-        self._top_k[slot] = min(params.top_k or self.vocab_size, self.vocab_size)
-        self._top_p[slot] = params.top_p
-        self._log_min_p[slot] = math.log(params.min_p) if params.min_p > 0 else -math.inf
-        self._penalty[slot] = params.repetition_penalty
-        self._seed[slot] = as_int64(params.seed)
+        if _chooses(params) != _chooses(self._written[slot]):
+            self._write(slot, params)
         if params.repetition_penalty != 1.0:
             self._remember(slot, prompt_ids)
         self._admitted[slot] = params
@@ -105,6 +101,17 @@ class Sampler:
         chosen = logits.gather(-1, ids[:, None]) - normaliser
         top, top_ids = logits.topk(min(self.work.logprobs, self.vocab_size), dim=-1)
         return Sampled(ids, chosen.squeeze(-1), top_ids, top - normaliser)
+
+    def _write(self, slot: int, params: SamplingParams) -> None:
+        """Tell the device: seven small launches, which slots taken again by requests alike can do without."""
+        self._greedy[slot] = params.greedy
+        self._temperature[slot] = 1.0 if params.greedy else params.temperature
+        self._top_k[slot] = min(params.top_k or self.vocab_size, self.vocab_size)
+        self._top_p[slot] = params.top_p
+        self._log_min_p[slot] = math.log(params.min_p) if params.min_p > 0 else -math.inf
+        self._penalty[slot] = params.repetition_penalty
+        self._seed[slot] = as_int64(params.seed)
+        self._written[slot] = params
 
     def _plan_work(self) -> None:
         requests = self._admitted.values()
@@ -142,6 +149,13 @@ class Sampler:
             keep &= within_rank(scores, self._top_k[slots, None], self._top_p[slots, None])
         noise = gumbel_noise(self._seed[slots], positions, self._tokens)
         return (scores + noise).masked_fill(~keep, -math.inf).argmax(dim=-1)
+
+
+def _chooses(params: SamplingParams) -> tuple[float, ...]:
+    """What of a request's parameters the device has to know."""
+    return (
+        params.temperature, params.top_k, params.top_p, params.min_p, params.repetition_penalty, params.seed,
+    )  # fmt: skip
 
 
 def within_rank(scores: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
