@@ -1,0 +1,79 @@
+"""Linear layers with few rows on a GPU, alone and in chains of dependent launches."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssm_dist import kernels
+from ssm_dist.kernels import backend
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available() or backend.interpreting(), reason="needs a GPU"),
+]
+
+ROWS = [1, 2, 3, 4, 5, 8, 16, 17, 32, 33, 64]
+SHAPES = [(10240, 2560), (2560, 5120), (1280, 160), (3712, 14848), (50280, 2560), (101, 37), (1, 8)]
+"""(N, K): projections of the released models, and odd ones."""
+
+
+def bounded(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether y is off no more than sums of K products in float32, in any order, and one rounding may be."""
+    wide = [t.double() for t in (x, weight)]
+    added = 0.0 if bias is None else bias.double()
+    exact = wide[0] @ wide[1].T + added
+    size = wide[0].abs() @ wide[1].abs().T + abs(added)
+    bound = (x.shape[1] + 2) * 2.0**-24 * size + torch.finfo(y.dtype).eps / 2 * exact.abs() * (1 + 2**-8)
+    return bool(((y.double() - exact).abs() <= bound + torch.finfo(y.dtype).tiny).all())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_few_rows_of_any_number_are_multiplied(shape: tuple[int, int]) -> None:
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+        for rows in ROWS:
+            x = torch.randn(rows, 2 * shape[1]).bfloat16()[:, shape[1] :]
+            assert bounded(kernels.linear(x, weight, bias), x, weight, bias), rows
+            assert torch.equal(kernels.linear(x, weight), kernels.linear(x, weight)), rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        weight = torch.randn(640, 1280).to(dtype)
+        for rows in (1, 4, 9):
+            x = torch.randn(rows, 1280).to(dtype)
+            if rows <= 4 or dtype != torch.float32:
+                assert bounded(kernels.linear(x, weight), x, weight, None)
+            else:
+                assert torch.equal(kernels.linear(x, weight), F.linear(x, weight))
+
+
+@pytest.mark.parametrize("rows", [1, 4, 16, 64])
+def test_a_captured_chain_of_layers_equals_the_same_calls_one_by_one(rows: int) -> None:
+    """Each starts before the one before it has finished; small ones, so that many are under way at once."""
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        wide = [torch.randn(512, 256).bfloat16() / 16 for _ in range(24)]
+        back = [torch.randn(256, 512).bfloat16() / 22 for _ in range(24)]
+        weights = list(itertools.chain(*zip(wide, back, strict=True)))
+        x = torch.randn(rows, 256).bfloat16()
+
+        def chain(finish: bool) -> Tensor:
+            y = x
+            for weight in weights:
+                y = kernels.linear(y, weight)
+                if finish:
+                    torch.cuda.synchronize()
+            return y
+
+        chain(True)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain(False)
+        for _ in range(50):
+            x.normal_()
+            graph.replay()
+            assert torch.equal(captured, chain(True))
