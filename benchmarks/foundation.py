@@ -27,9 +27,9 @@ CONFIGS = {
     "zamba_7b": "zamba_7b_tp{}",
 }  # fmt: skip
 COLUMNS = {
-    "case": "case", "degree": "degree", "started by": "launcher", "start-up s": "startup", "time to first token ms": "ttft",
-    "ms a step": "step", "tokens/s": "rate", "weights a rank": "weights a rank",
-    "state a rank": "state a rank", "kernels": "kernels",
+    "case": "case", "degree": "degree", "started by": "launcher", "start-up s": "startup",
+    "time to first token ms": "ttft", "ms a step": "step", "tokens/s": "rate",
+    "weights a rank": "weights a rank", "state a rank": "state a rank", "kernels": "kernels",
     "steps": "steps", "reductions": "reductions",
 }  # fmt: skip
 INTRODUCTION = """# The committed configurations, run once each

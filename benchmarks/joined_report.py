@@ -75,8 +75,14 @@ def _markdown(runs: Sequence[Run], columns: Mapping[str, str], introduction: str
         lines += ["", f"## {title}", ""]
         lines += [f"`{call}`  " for call in dict.fromkeys(run["call"] for run in members)]
         lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-        lines += ["| " + " | ".join(_cell(run, key) for key in columns.values()) + " |" for run in members]
-        lines += [f"\n{run['case']} at degree {run['degree']} failed." for run in members if "error" in run]
+        done = [run for run in members if "error" not in run]
+        lines += ["| " + " | ".join(_cell(run, key) for key in columns.values()) + " |" for run in done]
+        lines += [""] if len(done) < len(members) else []
+        lines += [
+            f"- {run['case']} at degree {run['degree']} failed: {run['error'].strip().splitlines()[-1]}"
+            for run in members
+            if "error" in run
+        ]
     return "\n".join(lines) + "\n"
 
 
