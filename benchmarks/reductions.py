@@ -1,13 +1,16 @@
 """Latency of every path and codec of the reductions, against NCCL in the same run, inside CUDA graphs.
 
-    torchrun --standalone --nproc-per-node 2 benchmarks/reductions.py --out reductions.json
-    NCCL_P2P_DISABLE=1 torchrun ... benchmarks/reductions.py --process-group-only --out without_p2p.json
+    torchrun --standalone --nproc-per-node 2 benchmarks/reductions.py --out benchmarks/reductions/2xH100
+    torchrun --standalone --nproc-per-node 2 benchmarks/reductions.py --no-p2p --out .../2xH100-no-p2p
 
 Each case captures several calls in a graph and replays it; a time is the median of the repeats, of the
-slowest rank. Beside it: the relative L2 error against the float32 sum, and whether all ranks hold the same
-bits. The last line is one JSON document, which is also rewritten to --out after every case. A case that fails
-is recorded with its error; one that hangs ends the run after --case-seconds, and what was measured stays. On
-a CPU it tries the program, at tiny sizes.
+slowest rank. `nccl` is NCCL's all-reduce in place, and nothing else (with its norm in the fused section);
+`all_reduce` is the same as our op serves it, into a fresh tensor. Beside a time: the relative L2 error
+against the float32 sum, and whether all ranks hold the same bits. Written after every case: OUT.json, OUT.md
+and, from the section plain, OUT.table.json, for `[reduction] table`.
+
+No new case begins after --seconds; a case that fails is recorded with its error, and one that hangs ends the
+run after --case-seconds, while what was measured stays. On a CPU it tries the program, at tiny sizes.
 """
 
 from __future__ import annotations
@@ -25,46 +28,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from reductions_compiled import compile_ahead
+from reductions_report import markdown, one_line, table_of_rows
+from reductions_ways import WAYS, Run, fused_run, normalised, plain_run, small_run
 from torch import Tensor
 
 from ssm_dist.kernels import add_rms_norm, backend
 from ssm_dist.parallel import TensorParallel
-from ssm_dist.parallel.collectives import (
-    Reductions,
-    carrier,
-    tp_all_reduce,
-    tp_all_reduce_add_rms_norm,
-    tp_all_reduce_add_rms_norm_split,
-    wait_for_device,
-)
+from ssm_dist.parallel.collectives import Reductions, carrier, wait_for_device
+from ssm_dist.parallel.collectives.tables import table_to_json
 from ssm_dist.version import __version__
 
-Run = Callable[[Tensor], Any]
-
+START = time.monotonic()
 WIDTH = 2560
-ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 104858)
+ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 16384, 65536, 104858)
 """5 KB to 512 MB in rows of 2560 bfloat16."""
-TOKENS, WIDTHS = (1, 8, 64, 256), (2560, 4096)
-LONG_TOKENS = (4096, 16384, 65536)
-SMALL_WIDTHS, SMALL_ROWS = (192, 264, 288), (1, 8, 64, 2048)
-WAYS = {
-    "all_reduce": ("none", 128, "all_reduce"),
-    "one_shot": ("none", 128, "one_shot"),
-    "two_shot": ("none", 128, "two_shot"),
-    "bulk": ("none", 128, "bulk"),
-    "bulk int8/128": ("int8", 128, "bulk"),
-    "bulk int8/32": ("int8", 32, "bulk"),
-    "bulk fp8/128": ("fp8", 128, "bulk"),
-    "bulk int4/32": ("int4", 32, "bulk"),
-    "exchange int8/128": ("int8", 128, "exchange"),
-    "exchange fp8/128": ("fp8", 128, "exchange"),
-    "exchange int4/32": ("int4", 32, "exchange"),
-    "auto": ("none", 128, "auto"),
-    "auto int8/128": ("int8", 128, "auto"),
-}
-"""Codec, group size, algorithm."""
+TOKENS, WIDTHS, LONG_TOKENS = (1, 8, 64, 256), (2560, 4096), (1024, 4096, 16384, 65536)
+SMALL_WIDTHS, SMALL_ROWS = (192, 264, 288), (1, 8, 64, 256)
+"""x_proj of mamba-2.8b, zamba-7b and falcon-mamba-7b: the ranks of dt, B and C."""
 PUSHED_BYTES = 6e6
 """Beyond them, one_shot and two_shot are not measured."""
+CODED_BYTES = 3e5
+"""Up to them, nothing is quantised."""
 
 
 @dataclass
@@ -79,70 +64,75 @@ class Bench:
     """Why shared memory is not used any more."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def speaks(self) -> bool:
-        return self.tp.rank == 0
-
     def ways(self, size: float) -> list[str]:
         """What can serve messages of so many bytes here."""
         shared = "shared" in carrier(self.tp.group) and not self.broken
         kept = []
-        for name, (_, _, algorithm) in WAYS.items():
+        for name, (codec, _, algorithm) in WAYS.items():
             if algorithm in ("one_shot", "two_shot", "bulk") and not shared:
                 continue
             if algorithm in ("one_shot", "two_shot") and size > PUSHED_BYTES:
+                continue
+            if codec != "none" and size <= CODED_BYTES:
                 continue
             kept.append(name)
         return kept
 
     def case(
-        self, section: str, shape: tuple[int, int], runs: dict[str, Run], exact: Callable[..., Tensor]
+        self, section: str, shape: tuple[int, int], make: Callable[..., Run], exact: Callable[..., Tensor]
     ) -> None:
         """Measure every way of one sum of `shape`; what `exact` makes of the float32 sum is the truth."""
+        if self.time_is_up():
+            return
         x = torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
         row: dict[str, Any] = {"section": section, "rows": shape[0], "width": shape[1], "bytes": x.nbytes}
         whole = x.float()
         dist.all_reduce(whole)
         truth = exact(whole)
         del whole
-        for name, run in runs.items():
-            if self.broken and WAYS[name][2] not in ("all_reduce", "exchange"):
+        for name in self.ways(x.nbytes):
+            way = WAYS[name]
+            if self.broken and way[2] not in ("nccl", "all_reduce", "exchange"):
                 continue
             faulthandler.dump_traceback_later(self.options.case_seconds, exit=True)
             try:
-                row[name] = self.measured(run, x, truth)
+                row[name] = self.measured(make(x, self.tp, *way), x, truth)
             except Exception as error:
                 row[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
-                if WAYS[name][2] not in ("all_reduce", "exchange"):
+                if way[2] not in ("nccl", "all_reduce", "exchange"):
                     self.broken = f"{section} {shape} {name}"
             finally:
                 faulthandler.cancel_dump_traceback_later()
         self.rows.append(row)
         self.write(row)
 
+    def time_is_up(self) -> bool:
+        """Whether rank 0 says so."""
+        spent = torch.tensor(time.monotonic() - START, device=self.device)
+        dist.broadcast(spent, 0)
+        return float(spent) > self.options.seconds
+
     def measured(self, run: Run, x: Tensor, truth: Tensor) -> dict[str, Any]:
         """Microseconds, error, and whether the bits agree."""
-        got = run(x)
+        got = run()
         wait_for_device(self.tp.group, self.device)
-        if not isinstance(got, Tensor):
-            got = got[0]
         error = float((got.float() - truth).norm() / truth.norm())
         same = self.same_on_all_ranks(got)
         del got
-        us = torch.tensor(1e6 * self.seconds(lambda: run(x), x.nbytes), device=self.device)
+        us = torch.tensor(1e6 * self.seconds(run, x.nbytes), device=self.device)
         dist.all_reduce(us, op=dist.ReduceOp.MAX)
         return {"us": round(float(us), 2), "error": error, "same": same}
 
     def same_on_all_ranks(self, x: Tensor) -> bool:
         """Whether all ranks hold the same bits, by two sums of them."""
-        bits = x.contiguous().view(torch.int16).flatten().long()
-        place = torch.arange(len(bits), device=x.device) % 9973 + 1
-        mine = torch.stack([bits.sum(), (bits * place).sum()])
+        bits = x.contiguous().view(torch.int16).flatten()
+        place = (torch.arange(len(bits), device=x.device) % 9973 + 1).float()
+        mine = torch.stack([bits.sum(), (bits * place).double().sum().long()])
         sums = [torch.empty_like(mine) for _ in range(self.tp.degree)]
         dist.all_gather(sums, mine)
         return all(torch.equal(mine, other) for other in sums)
 
-    def seconds(self, call: Callable[[], Any], size: int) -> float:
+    def seconds(self, call: Run, size: int) -> float:
         """Of one call: the median of the repeats of a graph of several, or of plain calls on a CPU."""
         calls = max(2, min(20, int(64e6 / size)))
         if self.device.type == "cpu":
@@ -150,8 +140,6 @@ class Bench:
             for _ in range(2):
                 call()
             return (time.perf_counter() - begin) / 2
-        for _ in range(2):
-            call()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -169,106 +157,83 @@ class Bench:
                 times.append(events[0].elapsed_time(events[1]) / 1e3 / calls)
         return statistics.median(times)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Print a case, and rewrite the document."""
-        if not self.speaks:
+    def write(self, row: dict[str, Any] | None = None) -> None:
+        """Print a case, and rewrite the files."""
+        if self.tp.rank > 0:
             return
-        base = row.get("all_reduce", {}).get("us")
-        parts = []
-        for name in WAYS:
-            found = row.get(name)
-            if found is None:
-                continue
-            if "us" not in found:
-                parts.append(f"{name} FAILED {found['error'][:90]}")
-                continue
-            ratio = f" x{base / found['us']:.2f}" if base and name != "all_reduce" else ""
-            bits = "" if found["same"] else " DIFFERENT BITS"
-            parts.append(f"{name} {found['us']:.1f}{ratio} ({found['error']:.4f}){bits}")
-        print(f"{row['section']:6} {row['rows']:6} x {row['width']:4}: " + " | ".join(parts), flush=True)
-        document = self.document()
-        if self.options.out is not None:
-            self.options.out.parent.mkdir(parents=True, exist_ok=True)
-            self.options.out.write_text(document + "\n")
-
-    def document(self) -> str:
-        return json.dumps(self.report | {"broken": self.broken, "rows": self.rows})
+        if row is not None:
+            print(one_line(row), flush=True)
+        spent = round(time.monotonic() - START, 1)
+        document = self.report | {"seconds": spent, "broken": self.broken, "rows": self.rows}
+        out: Path = self.options.out
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.with_name(f"{out.name}.json").write_text(json.dumps(document, indent=1) + "\n")
+        out.with_name(f"{out.name}.md").write_text(markdown(document))
+        table = table_of_rows(self.rows, self.tp.degree, "nccl" if self.device.type == "cuda" else "gloo")
+        if table is not None:
+            out.with_name(f"{out.name}.table.json").write_text(table_to_json(table))
 
 
-def plain(bench: Bench, shape: tuple[int, int], section: str) -> None:
-    """Sums by themselves."""
+def small(bench: Bench) -> None:
+    """x_proj's sums, and what normalises dt, B and C after them in Falcon-Mamba."""
+    for width in SMALL_WIDTHS:
+        for rows in SMALL_ROWS:
+            bench.case("small", (rows, width), plain_run, lambda whole: whole)
+            if width == 288:
+                bench.case("small, normalised", (rows, width), small_run, normalised)
 
-    def way(codec: str, group_size: int, algorithm: str) -> Run:
-        return lambda x: tp_all_reduce(x, bench.tp.group, codec, group_size, algorithm)
 
-    names = bench.ways(2.0 * shape[0] * shape[1])
-    bench.case(section, shape, {name: way(*WAYS[name]) for name in names}, lambda whole: whole)
-
-
-def fused(bench: Bench, shape: tuple[int, int]) -> None:
+def fused(bench: Bench, widths: tuple[int, ...], tokens: tuple[int, ...]) -> None:
     """Sums with residual and norm; for long messages, the residual split between ranks."""
-    rows, width = shape
-    generator = torch.Generator(device=bench.device).manual_seed(5)
-    residual = torch.randn(rows, width, device=bench.device, generator=generator)
-    weight = torch.ones(width, device=bench.device, dtype=torch.bfloat16)
-    stripe = -(-rows // bench.tp.degree)
-    own = residual[bench.tp.rank * stripe :][:stripe].contiguous()
-    own = torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
-
-    def way(codec: str, group_size: int, algorithm: str) -> Run:
-        args = (weight, 1e-5, bench.tp.group)
-        if algorithm == "bulk":
-            return lambda x: tp_all_reduce_add_rms_norm_split(
-                x, own, *args, bench.tp.degree, codec, group_size, algorithm
-            )
-        return lambda x: tp_all_reduce_add_rms_norm(x, residual, *args, codec, group_size, algorithm)
-
-    names = [name for name in bench.ways(2.0 * rows * width) if not name.startswith("exchange")]
-    bench.case(
-        "fused", shape, {name: way(*WAYS[name]) for name in names},
-        lambda whole: add_rms_norm(whole, residual, weight, 1e-5)[0].float(),
-    )  # fmt: skip
+    for width in widths:
+        for rows in tokens:
+            generator = torch.Generator(device=bench.device).manual_seed(5)
+            residual = torch.randn(rows, width, device=bench.device, generator=generator)
+            weight = torch.ones(width, device=bench.device, dtype=torch.bfloat16)
+            bench.case(
+                "fused", (rows, width), fused_run(residual, weight),
+                lambda whole, r=residual, w=weight: add_rms_norm(whole, r, w, 1e-5)[0].float(),
+            )  # fmt: skip
 
 
 def main() -> None:
     """Run all sections that were asked for."""
     options = _options()
-    gpu = torch.cuda.is_available() and not options.cpu
-    local = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local) if gpu else torch.device("cpu")
+    if options.no_p2p:
+        os.environ["NCCL_P2P_DISABLE"] = "1"
+    gpu = torch.cuda.device_count() > 0 and not options.cpu
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
+    lengths = [rows for rows in (*options.rows, *LONG_TOKENS) if rows <= 65536]
+    memory = (2 * max(WIDTHS), 2 * max(WIDTHS) * max(lengths))
+    children = compile_ahead(device, memory, not options.no_p2p) if gpu else None
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
     backend.select("auto", device)
     torch.manual_seed(dist.get_rank())
     tp = TensorParallel.over_all_ranks(device.type, Reductions(timeout_seconds=options.timeout))
-    if gpu and not options.process_group_only:
-        longest = max(options.rows) if "plain" in options.sections else max(LONG_TOKENS)
-        tp.share_memory(min(longest, 65536), max(WIDTHS), torch.bfloat16, device)
+    if gpu and not options.no_p2p:
+        tp.share_memory(max(lengths), max(WIDTHS), torch.bfloat16, device)
     report = {
         "ranks": tp.degree, "carrier": carrier(tp.group), "ssm_dist": __version__, "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if gpu else "CPU",
-        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "",
-        "p2p_disabled": os.environ.get("NCCL_P2P_DISABLE", "0"),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "", "p2p": not options.no_p2p,
     }  # fmt: skip
+    if children is not None:
+        children.join()
     bench = Bench(tp, device, options, report)
-    if bench.speaks:
-        print(json.dumps(report), flush=True)
-    if "small" in options.sections:
-        for width in SMALL_WIDTHS:
-            for rows in SMALL_ROWS:
-                plain(bench, (rows, width), "small")
+    if tp.rank == 0:
+        print(json.dumps(report), f"ready after {time.monotonic() - START:.0f} s", flush=True)
     if "fused" in options.sections:
-        for width in WIDTHS:
-            for tokens in TOKENS:
-                fused(bench, (tokens, width))
-        for tokens in LONG_TOKENS if gpu else ():
-            fused(bench, (tokens, WIDTH))
+        fused(bench, WIDTHS, TOKENS)
     if "plain" in options.sections:
         for rows in options.rows:
-            plain(bench, (rows, WIDTH), "plain")
-    if bench.speaks:
-        print(bench.document())
+            bench.case("plain", (rows, WIDTH), plain_run, lambda whole: whole)
+    if "fused" in options.sections and gpu:
+        fused(bench, (WIDTH,), LONG_TOKENS)
+    if "small" in options.sections:
+        small(bench)
+    bench.write()
     dist.destroy_process_group()
 
 
@@ -276,14 +241,15 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--sections", nargs="+", default=["small", "fused", "plain"])
+    parser.add_argument("--out", type=Path, required=True, help="files, without their endings")
+    parser.add_argument("--no-p2p", action="store_true", help="NCCL through host memory, as between hosts")
+    parser.add_argument("--sections", nargs="+", default=["fused", "plain", "small"])
     parser.add_argument("--rows", nargs="+", type=int, default=list(ROWS), help="of the section plain")
-    parser.add_argument("--process-group-only", action="store_true", help="no memory shared by GPUs")
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=11)
+    parser.add_argument("--seconds", type=float, default=100.0, help="after which no case begins")
     parser.add_argument("--timeout", type=float, default=5.0, help="seconds of a wait for another rank")
     parser.add_argument(
-        "--case-seconds", type=float, default=60.0, help="after which a hung case ends the run"
+        "--case-seconds", type=float, default=30.0, help="after which a hung way ends the run"
     )
     parser.add_argument("--cpu", action="store_true")
     return parser.parse_args()

@@ -1,0 +1,84 @@
+"""The ways of a reduction that `reductions.py` compares, as calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssm_dist.kernels import add_rms_norm, rms_normalize
+from ssm_dist.parallel import TensorParallel
+from ssm_dist.parallel.collectives import (
+    splits_residual,
+    tp_all_reduce,
+    tp_all_reduce_add_rms_norm,
+    tp_all_reduce_add_rms_norm_split,
+)
+
+Run = Callable[[], Tensor]
+
+WAYS = {
+    "nccl": ("none", 128, "nccl"),
+    "all_reduce": ("none", 128, "all_reduce"),
+    "one_shot": ("none", 128, "one_shot"),
+    "two_shot": ("none", 128, "two_shot"),
+    "bulk": ("none", 128, "bulk"),
+    "bulk int8/128": ("int8", 128, "bulk"),
+    "bulk int8/32": ("int8", 32, "bulk"),
+    "bulk fp8/128": ("fp8", 128, "bulk"),
+    "bulk int4/32": ("int4", 32, "bulk"),
+    "exchange int8/128": ("int8", 128, "exchange"),
+    "exchange fp8/128": ("fp8", 128, "exchange"),
+    "exchange int4/32": ("int4", 32, "exchange"),
+    "auto": ("none", 128, "auto"),
+    "auto int8/128": ("int8", 128, "auto"),
+}
+"""Codec, group size, algorithm."""
+
+
+def plain_run(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
+    """The sum of x. With algorithm nccl in place: of x the first time, then of zeros, which stay finite."""
+    if algorithm != "nccl":
+        return lambda: tp_all_reduce(x, tp.group, codec, group_size, algorithm)
+    buffer, handle = x.clone(), tp.mesh.get_group()
+    dist.all_reduce(buffer, group=handle)
+    first = [buffer.clone()]
+    buffer.zero_()
+
+    def in_place() -> Tensor:
+        dist.all_reduce(buffer, group=handle)
+        return buffer
+
+    return lambda: first.pop() if first else in_place()
+
+
+def small_run(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
+    """`normalised` of the sum of x."""
+    run = plain_run(x, tp, codec, group_size, algorithm)
+    return lambda: normalised(run())
+
+
+def normalised(x: Tensor) -> Tensor:
+    """dt, B and C of falcon-mamba-7b (rows, 256 + 16 + 16), each normalised."""
+    return torch.cat([rms_normalize(part, 1e-6) for part in x.split([256, 16, 16], 1)], 1)
+
+
+def fused_run(residual: Tensor, weight: Tensor) -> Callable[..., Run]:
+    """Sums with residual and norm; where it stays split, the residual is this rank's stripe."""
+
+    def make(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
+        args, how = (weight, 1e-5, tp.group), (codec, group_size, algorithm)
+        if algorithm == "nccl":
+            run = plain_run(x, tp, *how)
+            return lambda: add_rms_norm(run(), residual, weight, 1e-5)[0]
+        stripe = -(-len(x) // tp.degree)
+        own = residual[tp.rank * stripe :][:stripe].contiguous()
+        own = torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
+        long = len(x) >= tp.degree and (algorithm in ("bulk", "exchange"))
+        if long or (algorithm == "auto" and splits_residual(x, tp.group, *how)):
+            return lambda: tp_all_reduce_add_rms_norm_split(x, own, *args, tp.degree, *how)[0]
+        return lambda: tp_all_reduce_add_rms_norm(x, residual, *args, *how)[0]
+
+    return make
