@@ -105,10 +105,12 @@ def logits(model: PreTrainedModel, tokens: list[int]) -> Tensor:
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: list[int], count: int, cached: bool = True) -> list[int]:
     """The `count` most likely tokens after a prompt, one by one, never stopping early."""
     model.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, use_cache=cached
+    )
     continuation: list[int] = out[0, len(prompt) :].tolist()
     return continuation

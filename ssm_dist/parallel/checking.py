@@ -48,11 +48,21 @@ def check_plan(
     shards = [copy.deepcopy(whole) for _ in range(degree)]
     with torch.inference_mode():
         trace = _traced(whole)
-        expected = run(whole)
+        expected = _run_whole(whole, run)
     for rank, (output, own, resolved) in enumerate(_run_sharded(shards, plan, run)):
         if _differs(output, expected, tolerance):
             where = _first_difference(trace, own, resolved, tolerance)
             raise UserError(f"rank {rank} of {degree} {_by_how_much(output, expected)}. {where}")
+
+
+def _run_whole(model: nn.Module, run: Run) -> Tensor:
+    try:
+        return run(model)
+    except Exception as error:
+        raise UserError(
+            f"the model does not run whole, before any plan: {error}; pass run=..., a function that calls "
+            "it as you do"
+        ) from error
 
 
 def _run_sharded(

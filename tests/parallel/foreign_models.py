@@ -20,6 +20,7 @@ _JAMBA: dict[str, Any] = {
 JAMBAS = {
     "jamba": _JAMBA,
     "jamba-groups": _JAMBA | {"num_key_value_heads": 2, "mamba_proj_bias": True, "mamba_conv_bias": False},
+    "jamba-no-attention": _JAMBA | {"attn_layer_period": 9, "attn_layer_offset": 8},
     "jamba-dense": _JAMBA | {"num_experts": 1, "num_hidden_layers": 2},
 }
 

@@ -17,14 +17,14 @@ from ssm_dist.parallel import (
 from tests.parallel.on_ranks import all_ranks
 
 
-def sharded(name: str, prompt: list[int], count: int) -> tuple[Tensor, list[int]]:
+def sharded(name: str, prompt: list[int], count: int, cached: bool = True) -> tuple[Tensor, list[int]]:
     """Logits of a prompt, and `count` greedy tokens after it, of a model sharded by its class's own plan."""
     from tests import oracle
     from tests.parallel.foreign_models import build
 
     model = build(name)
     shard_module(model, all_ranks())
-    return oracle.logits(model, prompt), oracle.greedy(model, prompt, count)
+    return oracle.logits(model, prompt), oracle.greedy(model, prompt, count, cached)
 
 
 def sharded_toy(x: Tensor, in_the_plan: Wire | None, for_all: Wire) -> Tensor:

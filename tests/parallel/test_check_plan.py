@@ -87,6 +87,11 @@ def test_a_model_that_does_not_run_sharded_says_at_which_degree() -> None:
     assert "does not run when sharded over 3 ranks: " in said
 
 
+def test_a_model_that_does_not_run_whole_is_not_blamed_on_the_plan() -> None:
+    said = complaint(lambda: build("jamba-no-attention"), plan_for(build("jamba-no-attention")))
+    assert "does not run whole, before any plan: " in said and "pass run=" in said
+
+
 def test_rows_that_are_no_blocks_are_refused() -> None:
     said = complaint(lambda: Packed(False), packed(PackedBlocks(5)), run=on_x)
     assert "into.weight dimension 0 has 24 entries, which is not 5 blocks" in said

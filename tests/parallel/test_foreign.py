@@ -65,6 +65,15 @@ def test_logits_and_32_greedy_tokens_are_those_of_one_process(name: str, degree:
         assert torch.equal(found, ranks[0][0])
 
 
+def test_jamba_without_attention_runs_without_a_cache_as_in_one_process() -> None:
+    """With one, transformers' class does not run at all: its cache counts tokens in attention layers."""
+    model = build("jamba-no-attention")
+    logits, tokens = oracle.logits(model, PROMPT), oracle.greedy(model, PROMPT, GREEDY, cached=False)
+    for found, written in run_on_ranks(2, sharded, "jamba-no-attention", PROMPT, GREEDY, False):
+        assert_close(found, logits, rtol=0, atol=1e-4)
+        assert written == tokens
+
+
 @pytest.mark.parametrize("degree", [2, 4])
 @pytest.mark.parametrize("name", ["mamba-biases", "zamba-4heads", "zamba-1head", "jamba-dense"])
 def test_other_sizes_and_other_parts(name: str, degree: int) -> None:

@@ -1,4 +1,4 @@
-"""mamba-ssm's MambaLMHeadModel with Mamba-1 mixers, after its public source; not yet run against it on a GPU.
+"""mamba-ssm's MambaLMHeadModel with Mamba-1 mixers, as of its release 2.3.
 
 Its fused path takes whole weights and no reduction, hence use_fast_path=False. It sizes its cache by
 d_model * expand, and uses d_model for nothing else, so the mixer's d_model becomes the rank's part.
