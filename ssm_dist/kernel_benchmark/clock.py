@@ -61,17 +61,21 @@ class Clock:
         events[1].synchronize()
         return events[0].elapsed_time(events[1]) / 1e3
 
+    def copy_rate(self) -> float:
+        """Bytes/s read and written by a copy of 1 GiB."""
+        source = torch.randint(256, (1 << 30,), device=self.device, dtype=torch.uint8)
+        target = torch.empty_like(source)
+        return 2 * source.nbytes / self.seconds([lambda: target.copy_(source)])
+
     def ceilings(self) -> dict[str, float]:
         """Bytes/s of a copy, operations/s of a bf16 product, special functions/s; not measured on a CPU."""
         if not self.gpu:
             return {}
-        source = torch.randint(256, (1 << 30,), device=self.device, dtype=torch.uint8)
-        target, n = torch.empty_like(source), 8192
-        copied = 2 * source.nbytes / self.seconds([lambda: target.copy_(source)])
+        n = 8192
         a, b = torch.randn(2, n, n, device=self.device, dtype=torch.bfloat16)
         product = torch.empty_like(a)
         multiplied = 2 * n**3 / self.seconds([lambda: torch.mm(a, b, out=product)])
         properties = torch.cuda.get_device_properties(self.device)
         clock_hz = 1e3 * getattr(properties, "clock_rate", 1_980_000)
         special = 16 * clock_hz * properties.multi_processor_count
-        return {"bytes": copied, "flops": multiplied, "special": special}
+        return {"bytes": self.copy_rate(), "flops": multiplied, "special": special}

@@ -12,7 +12,7 @@ import importlib
 import importlib.util
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
@@ -109,11 +109,14 @@ def resolved() -> str:
 
 
 @contextlib.contextmanager
-def using(name: BackendName, device: torch.device | str | None = None) -> Iterator[None]:
-    """Run a block with another backend (tests and benchmarks)."""
+def using(
+    name: BackendName, device: torch.device | str | None = None, definitions: Collection[str] = ()
+) -> Iterator[None]:
+    """Run a block with another backend, some ops by their definitions (tests and benchmarks)."""
     global _selected, _serving
     previous = _selected, _serving
     select(name, device)
+    _serving = _serving | dict.fromkeys(definitions, "reference")
     try:
         yield
     finally:

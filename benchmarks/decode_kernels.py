@@ -1,0 +1,193 @@
+"""Linear layers of few rows by configuration, and whole decode steps by what serves them, on one GPU.
+
+    python benchmarks/decode_kernels.py [--seconds 90] [--out decode_kernels.json]
+
+Part 1: decode steps of whole models with random weights, from token ids to logits, captured in a CUDA graph;
+milliseconds. Part 2: the linear layers that a rank holds, by the candidates of the tuning table and by torch,
+in a graph of calls on so many weights that the L2 cache holds none of them; microseconds a call. The floor is
+the time to read the weights at the bandwidth of a large copy. What the time allowed leaves out is said. The
+last line is one JSON document.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import json
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor
+
+from ssm_dist import kernels
+from ssm_dist.kernel_benchmark.cases import linear_layers
+from ssm_dist.kernel_benchmark.clock import Call, Clock
+from ssm_dist.kernel_benchmark.program import environment, table
+from ssm_dist.kernels import backend, dependent_launch, tuning
+from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
+from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.registry import preset
+
+VECTOR = [
+    {"BLOCK_N": n, "AHEAD": ahead, "num_warps": warps}
+    for n, ahead, warps in ((4, 0, 4), (4, 528, 4), (8, 0, 4), (8, 264, 4), (8, 0, 8), (16, 0, 8))
+]
+MATRIX = [
+    {"BLOCK_N": n, "BLOCK_K": k, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
+    for n, k, ahead, programs, stages in (
+        (64, 128, 512, 396, 4), (64, 128, 0, 396, 4), (64, 64, 512, 396, 6), (128, 64, 512, 264, 4),
+        (64, 128, 512, 264, 5), (128, 128, 512, 132, 4),
+    )
+]  # fmt: skip
+ROWS = {"linear_vector": (1, 4), "linear_16": (16,), "linear_32": (32,), "linear_64": (64,)}
+"""Configured op -> rows to time."""
+LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
+          ("falcon-mamba-7b", 4), ("zamba-7b", 1), ("zamba-7b", 4)]  # fmt: skip
+"""Model and degree, in the order in which the time is spent."""
+STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1)]
+"""Model and sequences."""
+WEIGHTS = 200e6
+"""Bytes of weights in a graph at least."""
+
+
+@contextlib.contextmanager
+def variant(name: str) -> Iterator[None]:
+    """What serves a decode step: torch's products, or ours launched in the ordinary way or dependently."""
+    with contextlib.ExitStack() as stack:
+        if name != "dependent":
+            stack.enter_context(dependent_launch.ordinary_launches())
+        if name == "torch":
+            stack.enter_context(backend.using("triton", "cuda", definitions=["linear"]))
+        yield
+
+
+def random_model(name: str) -> LanguageModel:
+    """A model of that preset, of random numbers of a size that keeps the activations finite."""
+    spec, config = preset(name)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = spec.build(config)
+    torch.set_default_dtype(torch.float32)
+    for parameter_name, parameter in model.named_parameters():
+        wide = parameter.dim() > 1 and not parameter_name.endswith("A_log")
+        torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if wide else 0.5)
+    return model
+
+
+def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy: float) -> dict[str, Any]:
+    """Milliseconds of a step by variant, and bytes of weights and states over the bandwidth of a copy."""
+    shapes, slots = model.state_shapes(), torch.arange(sequences, device="cuda", dtype=torch.int32)
+    states = [
+        MixerState(
+            torch.zeros(sequences, *shapes.conv, device="cuda", dtype=torch.bfloat16),
+            torch.zeros(sequences, *shapes.ssm, device="cuda"),
+        )
+        for _ in range(shapes.layers)
+    ]
+    tokens = torch.randint(500, (sequences,), device="cuda")
+    offsets = torch.arange(sequences + 1, device="cuda", dtype=torch.int32)
+    batch = RaggedBatch(tokens, offsets, slots, torch.zeros_like(tokens), decode=True)
+
+    def step() -> Tensor:
+        return model.head(model(batch, ModelState(states)))
+
+    moved = sum(p.nbytes for p in model.parameters()) + 2 * sum(s.conv.nbytes + s.ssm.nbytes for s in states)
+    row: dict[str, Any] = {"model": name, "sequences": sequences, "floor": 1e3 * moved / copy}
+    for kind in ("torch", "ordinary", "dependent"):
+        with variant(kind):
+            row[kind] = 1e3 * clock.seconds([step])
+    return row
+
+
+def candidates_row(
+    shape: tuple[int, int], rows: int, op: str, clock: Clock, weights: list[Tensor], copy: float
+) -> dict[str, Any]:
+    """Microseconds of one layer by configuration; the best once more without dependent launches."""
+    x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+    calls: list[Call] = [functools.partial(kernels.linear, x, weight) for weight in weights]
+    torchs: list[Call] = [functools.partial(F.linear, x, weight) for weight in weights]
+    candidates = MATRIX if op != "linear_vector" else VECTOR if rows == 1 else VECTOR[:3]
+    found: list[tuple[float, dict[str, int]]] = []
+    for config in candidates:
+        with tuning.forced(op, config), contextlib.suppress(Exception):  # too much shared memory
+            found.append((1e6 * clock.seconds(calls), config))
+    found.sort(key=lambda pair: pair[0])
+    with tuning.forced(op, found[0][1]), dependent_launch.ordinary_launches():
+        ordinary = 1e6 * clock.seconds(calls)
+    floor = 1e6 * weights[0].nbytes / copy
+    return {
+        "N": shape[0], "K": shape[1], "rows": rows, "floor": floor,
+        "torch": 1e6 * clock.seconds(torchs), "ordinary": ordinary, "dependent": found[0][0],
+        "of_floor": floor / found[0][0], "candidates": found,
+    }  # fmt: skip
+
+
+def layer_rows(clock: Clock, copy: float, deadline: float) -> Iterator[dict[str, Any]]:
+    """Rows of all shapes, each once, until the deadline."""
+    seen: set[tuple[int, int]] = set()
+    for name, degree in LAYERS:
+        config = preset(name)[1]
+        channels = config.d_inner // degree
+        for shape in (*linear_layers(config, degree), (channels, config.dt_rank)):
+            if shape in seen:
+                continue
+            seen.add(shape)
+            count = min(256, max(2, round(WEIGHTS / (2 * shape[0] * shape[1]))))
+            weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
+            for op, numbers in ROWS.items():
+                for rows in numbers:
+                    if time.monotonic() > deadline:
+                        print(f"left out: {name} / {degree}, {shape}, {rows} rows", file=sys.stderr)
+                        continue
+                    yield candidates_row(shape, rows, op, clock, weights, copy)
+
+
+def _named(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "best": " ".join(f"{k}={v}" for k, v in row["candidates"][0][1].items())}
+
+
+@torch.inference_mode()
+def main() -> None:
+    """See the module."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=90, help="after which no new case starts")
+    parser.add_argument("--out", type=Path, help="write the JSON document here too")
+    options = parser.parse_args()
+    deadline = time.monotonic() + options.seconds
+    device = torch.device("cuda")
+    backend.select("triton", device)
+    clock = Clock(device)
+    copy = clock.copy_rate()
+    report: dict[str, Any] = {"environment": environment(device), "copy_bytes_s": copy, "steps": []}
+    times = {"floor": ".2f", "torch": ".2f", "ordinary": ".2f", "dependent": ".2f"}
+    model, loaded = None, ""
+    for name, sequences in STEPS:
+        if name != loaded:
+            model, loaded = None, name
+            model = random_model(name)
+        assert model is not None
+        report["steps"].append(step_row(name, model, sequences, clock, copy))
+    model = None
+    console = Console(width=180)
+    console.print(table(report["steps"], "Decode steps, ms", {"model": "", "sequences": "d", **times}))
+    report["layers"] = list(layer_rows(clock, copy, deadline))
+    columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
+    console.print(table([_named(row) for row in report["layers"]], "Linear layers, us", columns))
+    document = json.dumps(report)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(document + "\n")
+    print(document)
+
+
+if __name__ == "__main__":
+    main()
