@@ -89,6 +89,8 @@ class Session:
         self._open: dict[int, Deliver] = {}
         self._next_index = 0
         self._failure: Exception | None = None
+        self._together = False
+        """Whether the session's thread does what takes all ranks: a broadcast, or a step."""
         self._thread = threading.Thread(target=self._work, name="ssm-dist session", daemon=True)
         self._thread.start()
 
@@ -129,10 +131,13 @@ class Session:
         """Whether it has ended, closed or failed."""
         return not self._thread.is_alive()
 
-    def close(self) -> None:
-        """Cancel what still runs, and end the session on all ranks. Raises what the session has failed of."""
+    def close(self, failure: str = "") -> None:
+        """Cancel what still runs, and end the session on all ranks. Raises what the session has failed of.
+
+        failure: for the other ranks to raise, when the work that the session was opened for has failed.
+        """
         with self._changed:
-            self._news.closed = True
+            self._news.closed, self._news.failure = True, failure
             self._changed.notify()
         self._thread.join()
         if self._failure is not None:
@@ -144,7 +149,7 @@ class Session:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(_shown(error) if isinstance(error, Exception) else "")
 
     def _work(self) -> None:
         try:
@@ -160,20 +165,21 @@ class Session:
         """One round: news, plan, step; False after the last one."""
         news = self._take_news()
         self._deliver(apply_news(self._run, news))
-        if news.closed:
-            self._broadcast(encode(news, None))
-            return False
-        step = self._run.plan()
-        self._broadcast(encode(news, step))
-        self._deliver(self._run.execute(step))
-        return True
+        step = None if news.closed else self._run.plan()
+        plan = encode(news, step)
+        self._together = True
+        self._broadcast(plan)
+        events = [] if news.closed else self._run.execute(step)
+        self._together = False
+        self._deliver(events)
+        return not news.closed
 
     def _take_news(self) -> News:
         with self._changed:
             if not self._run.active:
                 self._changed.wait_for(lambda: self._news.any, timeout=HEARTBEAT)
             news = self._news
-            self._news = News(closed=news.closed)
+            self._news = News(closed=news.closed, failure=news.failure)
             return news
 
     def _deliver(self, events: list[TokenEvent]) -> None:
@@ -184,10 +190,18 @@ class Session:
             deliver(event)
 
     def _fail(self, error: Exception) -> None:
-        """Tell everybody who waits, and whoever comes."""
+        """Tell everybody who waits, whoever comes, and the other ranks where they wait for a plan."""
         with self._changed:
             self._failure = error
             waiting = list(self._open.values())
             self._open.clear()
-        for deliver in waiting:
-            deliver(error)
+        try:
+            for deliver in waiting:
+                deliver(error)
+        finally:
+            if not self._together:  # else they stand in a reduction, which ends with this rank
+                self._broadcast(encode(News(closed=True, failure=_shown(error)), None))
+
+
+def _shown(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -19,6 +19,8 @@ class News:
     arrivals: list[Request] = field(default_factory=list)
     cancelled: list[int] = field(default_factory=list)
     closed: bool = False
+    failure: str = ""
+    """What ended the session, if it ends before its time."""
 
     @property
     def any(self) -> bool:
@@ -27,12 +29,18 @@ class News:
 
 
 def follow(run: Run, receive: Callable[[], bytes]) -> None:
-    """Apply rank 0's plans until it closes the session; `receive` takes part in its broadcast."""
+    """Apply rank 0's plans until it closes the session; `receive` takes part in its broadcast.
+
+    Raises RuntimeError when something has failed on rank 0.
+    """
     try:
         while True:
             plan = json.loads(receive())
-            apply_news(run, decode_news(plan))
-            if plan["closed"]:
+            news = decode_news(plan)
+            apply_news(run, news)
+            if news.failure:
+                raise RuntimeError(f"rank 0 has ended the session: {news.failure}")
+            if news.closed:
                 return
             step = run.plan()
             assert describe(step) == plan["step"], f"rank 0 plans {plan['step']}, this rank {describe(step)}"
@@ -53,13 +61,14 @@ def apply_news(run: Run, news: News) -> list[TokenEvent]:
 def encode(news: News, step: Step | None) -> bytes:
     """News, and the step that follows, as JSON."""
     arrivals = [request_fields(request) for request in news.arrivals]
-    plan = {"arrivals": arrivals, "cancelled": news.cancelled, "closed": news.closed, "step": describe(step)}
-    return json.dumps(plan).encode()
+    plan = {"arrivals": arrivals, "cancelled": news.cancelled, "closed": news.closed, "failure": news.failure}
+    return json.dumps(plan | {"step": describe(step)}).encode()
 
 
 def decode_news(plan: dict[str, Any]) -> News:
     """The news of an encoded plan."""
-    return News([request_of(fields) for fields in plan["arrivals"]], plan["cancelled"], plan["closed"])
+    arrivals = [request_of(fields) for fields in plan["arrivals"]]
+    return News(arrivals, plan["cancelled"], plan["closed"], plan["failure"])
 
 
 def describe(step: Step | None) -> list[Any] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+
+import pytest
 
 from ssm_dist import LLM, SamplingParams
 from ssm_dist.session import Session
@@ -32,6 +35,27 @@ def served(folder: Path) -> tuple[list[list[int]] | None, int]:
         return [stream.result().token_ids for stream in streams]
 
     return llm.serve(main), llm.cache.free_slots
+
+
+def failed(folder: Path, where: str) -> tuple[str, int, float]:
+    """What serving raises when rank 0 fails between two steps, the slots free after it, and its seconds."""
+    llm, begin = load(folder), time.monotonic()
+
+    class Receiver:
+        def deliver(self, event: object) -> None:
+            raise ValueError("nobody listens")
+
+    def main(session: Session) -> None:
+        begun = session.submit("a", ENDLESS)
+        next(begun)
+        if where == "in main":
+            raise ValueError("no more")
+        session.submit_to(lambda request: Receiver(), "b", PARAMS[0])
+        begun.result()
+
+    with pytest.raises((RuntimeError, ValueError)) as raised:
+        llm.serve(main)
+    return str(raised.value), llm.cache.free_slots, time.monotonic() - begin
 
 
 def conversation(folder: Path, prefix_bytes: int) -> tuple[list[list[int]], int, int]:

@@ -10,7 +10,7 @@ import pytest
 from ssm_dist import LLM, AsyncLLM, UserError
 from ssm_dist.session import Session
 from tests.engine.checkpoints import save_checkpoint
-from tests.engine.on_ranks import ENDLESS, PARAMS, PROMPTS, load, served
+from tests.engine.on_ranks import ENDLESS, PARAMS, PROMPTS, failed, load, served
 from tests.ranks import run_on_ranks
 
 
@@ -107,3 +107,32 @@ def test_the_other_ranks_follow_rank_0(degree: int, folder: Path, alone: list[li
     leader, *others = run_on_ranks(degree, served, folder)
     assert leader == (alone, 3)
     assert others == [(None, 3)] * (degree - 1)
+
+
+@pytest.mark.parametrize(
+    ("where", "leader", "says"),
+    [
+        ("in main", "no more", "ValueError: no more"),
+        ("in a receiver", "session has failed", "nobody listens"),
+    ],
+)
+def test_the_other_ranks_end_at_once_when_rank_0_fails(where: str, leader: str, says: str, folder: Path):
+    (message, *_), *others = results = run_on_ranks(2, failed, folder, where)
+    assert leader in message
+    assert all("rank 0 has ended the session" in text and says in text for text, _, _ in others)
+    assert all(slots == 3 and seconds < 20 for _, slots, seconds in results)
+
+
+def test_nothing_is_broadcast_out_of_a_step_that_failed(llm: LLM, monkeypatch: pytest.MonkeyPatch):
+    def broken(step: object) -> None:
+        sent.append(b"step")
+        raise ArithmeticError("broken")
+
+    sent: list[bytes] = []
+    session = llm.session()
+    session._broadcast = sent.append
+    monkeypatch.setattr(llm.engine, "launch", broken)
+    with pytest.raises(RuntimeError, match="session has failed"):
+        session.submit("a").result()
+    session._thread.join()
+    assert sent[-1] == b"step"
