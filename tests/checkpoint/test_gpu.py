@@ -74,10 +74,10 @@ def test_a_step_holds_no_more_than_was_estimated(name: str) -> None:
     torch.cuda.reset_peak_memory_stats()
     slot = cache.acquire(2048)
     assert slot is not None
+    slots = torch.tensor([slot], dtype=torch.int32, device=device)
     batch = RaggedBatch(
         torch.arange(2048, device=device), torch.tensor([0, 2048], dtype=torch.int32, device=device),
-        torch.tensor([slot], dtype=torch.int32, device=device), torch.arange(2048, device=device),
-        pages=cache.page_table([slot]),
+        slots, torch.arange(2048, device=device), pages=cache.page_table(slots),
     )  # fmt: skip
     model.head(model(batch, cache.state)[-1:])
     peak = torch.cuda.max_memory_allocated() - allocated
