@@ -1,0 +1,28 @@
+"""The kernels over shared memory, whose assembly no interpreter takes, compile for a real GPU."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ssm_dist.kernels import triton_bulk
+
+MOST_STACK = 32
+"""Bytes a thread: what Triton 3.7 keeps there of a loop over ranks."""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_they_compile_and_as_many_fit_on_a_multiprocessor_as_wait_for_each_other() -> None:
+    command = [sys.executable, "-m", "tests.kernels.reductions_ahead_of_time"]
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    found = {row["kernel"]: row for row in map(json.loads, output.splitlines())}
+    assert len(found) == 7 and all(row["stack"] <= MOST_STACK for row in found.values()), found
+    assert all(
+        row["registers"] <= triton_bulk.MOST_REGISTERS
+        for name, row in found.items()
+        if name.startswith("bulk")
+    )
