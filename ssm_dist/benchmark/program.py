@@ -86,7 +86,7 @@ def _measure(
 
 
 def variants_of(config: Config) -> Iterator[Config]:
-    """One configuration for each model, codec and backend that [benchmark] names; one rank needs no codecs."""
+    """One configuration for each model, codec and backend that [benchmark] names; one rank needs no codec."""
     grid = config.benchmark
     codecs = grid.codecs if config.parallel.tensor > 1 else ()
     product = itertools.product(grid.models or (None,), codecs or (None,), grid.backends or (None,))

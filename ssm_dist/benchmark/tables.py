@@ -95,6 +95,11 @@ def spread_percent(*path: str) -> Callable[[Row], Any]:
     return value
 
 
+def _times(measure: str) -> dict[str, Callable[[Row], Any]]:
+    """How many times better than our own on one GPU, and than the best peer on as many."""
+    return {"× 1 GPU": get("times", measure, "one"), "× best peer": get("times", measure, "peer")}
+
+
 _WHO: dict[str, Callable[[Row], Any]] = {"case": case_name, "system": label, "degree": get("degree")}
 
 DECODE: dict[str, Callable[[Row], Any]] = _WHO | {
@@ -104,6 +109,7 @@ DECODE: dict[str, Callable[[Row], Any]] = _WHO | {
     "GB/s": get("decode_gb_per_second"),
     "floor ms": get("decode_floor_ms"),
     "of floor": ratio(get("decode_floor_ms"), get("decode_ms_a_step")),
+    **_times("decode_ms_a_step"),
     "kernels": get("decode_breakdown", "kernels"),
     "launches": get("decode_breakdown", "launches"),
     "kernels ms": get("decode_breakdown", "busy_ms"),
@@ -117,6 +123,7 @@ PREFILL: dict[str, Callable[[Row], Any]] = _WHO | {
     "± %": spread_percent("prefill_seconds"),
     "TFLOP/s a GPU": get("prefill_tflop_per_second_a_rank"),
     "of floor": ratio(get("prefill_floor_seconds"), get("prefill_seconds", "median")),
+    **_times("prefill_tokens_per_second"),
     "kernels": get("prefill_breakdown", "kernels"),
     "kernels ms": get("prefill_breakdown", "busy_ms"),
     "reductions ms": get("prefill_breakdown", "reduction_ms"),
@@ -125,6 +132,7 @@ PREFILL: dict[str, Callable[[Row], Any]] = _WHO | {
 REQUESTS: dict[str, Callable[[Row], Any]] = _WHO | {
     "output tokens/s": get("output_tokens_per_second"),
     "± %": spread_percent("request_seconds"),
+    **_times("output_tokens_per_second"),
     "first token ms": get("first_token_ms", "median"),
     "p99": get("first_token_ms", "p99"),
     "a token ms": get("token_ms", "median"),
@@ -137,3 +145,29 @@ ERRORS: dict[str, Callable[[Row], Any]] = _WHO | {"why it did not run": get("err
 LONGEST: dict[str, Callable[[Row], Any]] = {
     "kernel": get("name"), "count": get("count"), "ms": get("ms"),
 }  # fmt: skip
+
+TARGETS: dict[str, Callable[[Row], Any]] = {
+    "target": get("target"),
+    "degree": get("degree"),
+    "wanted": get("wanted"),
+    "measured": get("measured"),
+    "unit": get("unit"),
+    "times": get("times"),
+    "": get("met"),
+    "case": get("case"),
+    "codec": get("codec"),
+    "best peer": get("peer"),
+    "peer's": get("peer_value"),
+    "× peer": get("peer_times"),
+}
+
+SCALING: dict[str, Callable[[Row], Any]] = {
+    "requests": get("case"),
+    "system": get("system"),
+    "degree": get("degree"),
+    "output tokens/s": get("measured"),
+    "on 1 GPU": get("one"),
+    "times": get("times"),
+    "wanted": get("wanted"),
+    "": get("met"),
+}

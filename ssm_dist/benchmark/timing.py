@@ -21,7 +21,14 @@ from typing import Any
 import torch
 
 from ssm_dist.benchmark.cases import Case
-from ssm_dist.benchmark.floors import Ceilings, decode_bytes, decode_flop, prefill_floor, prefill_flop
+from ssm_dist.benchmark.floors import (
+    Ceilings,
+    decode_bytes,
+    decode_flop,
+    prefill_floor,
+    prefill_flop,
+    state_bytes,
+)
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.sampling.params import SamplingParams
@@ -98,12 +105,15 @@ def require_room(llm: LLM, case: Case) -> None:
 def _prefill(llm: LLM, case: Case, samples: list[Sample], rates: Ceilings | None) -> dict[str, Any]:
     seconds = [sample.seconds for sample in samples]
     median, degree = statistics.median(seconds), llm.config.parallel.tensor
-    flop = prefill_flop(llm, case)
+    flop, tokens = prefill_flop(llm, case), case.batch * case.prompt_tokens
+    chunks = -(-tokens // llm.config.prefill.chunk_tokens)
+    moved = chunks * decode_bytes(llm, 0, 0) + 2 * case.batch * state_bytes(llm)
     return {
         "prefill_seconds": spread(seconds),
         "prefill_floor_seconds": rates and prefill_floor(llm, case, rates),
-        "prefill_tokens_per_second": round(case.batch * case.prompt_tokens / median, 1),
+        "prefill_tokens_per_second": round(tokens / median, 1),
         "prefill_tflop_per_second_a_rank": round(flop / median / degree / 1e12, 4),
+        "prefill_flop_a_byte": round(flop / degree / moved, 3),
         "first_token_ms": quantiles([times[0] for sample in samples for times in sample.tokens]),
     }
 

@@ -71,6 +71,7 @@ COMMANDS = {
     "generate": Command("Continue prompts, and stream the text. The default, when no command is named."),
     "kernels": Command("Time every op against its floor, its definition and its peers.", schema=None),
     "plan": Command("Print how each parameter is placed and what a layer reduces, without any weights."),
+    "report": Command("Join runs of [benchmark], and the peers', into one page with plots.", schema=None),
     "score": Command("Log-probability of every token, and perplexity, of the texts given as prompts."),
     "state inspect": Command("Say what a file of a saved state holds; loads no model.", InspectJob),
     "state resume": Command("Continue from state.file, with each of the prompts or with nothing.", StateJob),
