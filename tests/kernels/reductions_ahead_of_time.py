@@ -1,4 +1,4 @@
-"""Compiles the kernels over shared memory for a GPU that need not be there: registers and stack as JSON lines.
+"""Compiles the kernels over shared memory for a GPU that need not be there: registers, stack, as JSON.
 
 python -m tests.kernels.reductions_ahead_of_time
 """

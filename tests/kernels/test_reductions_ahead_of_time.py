@@ -8,14 +8,14 @@ import sys
 
 import pytest
 
-from ssm_dist.kernels import triton_bulk
-
 MOST_STACK = 32
 """Bytes a thread: what Triton 3.7 keeps there of a loop over ranks."""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 def test_they_compile_and_as_many_fit_on_a_multiprocessor_as_wait_for_each_other() -> None:
+    from ssm_dist.kernels import triton_bulk
+
     command = [sys.executable, "-m", "tests.kernels.reductions_ahead_of_time"]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
