@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ssm_dist.engine import Engine, Pending
@@ -120,8 +120,13 @@ class Run:
         """Of the requests that wait or run, in order of arrival."""
         return list(self._active)
 
-    def events(self, requests: Iterable[Request]) -> Iterator[TokenEvent]:
-        """Run all requests to their end, yielding tokens as they come. Slots are given back in any case."""
+    def events(
+        self, requests: Iterable[Request], on_prompt: Callable[[int, int], None] = lambda index, tokens: None
+    ) -> Iterator[TokenEvent]:
+        """Run all requests to their end, yielding tokens as they come. Slots are given back in any case.
+
+        on_prompt(request, tokens) is told how much of a prompt has been read, step by step.
+        """
         for request in requests:
             if request.error is not None:
                 yield TokenEvent(request.index, finish_reason="error", error=request.error)
@@ -129,7 +134,11 @@ class Run:
                 self.add(request)
         try:
             while self._active:
-                yield from self.execute(self.plan())
+                step = self.plan()
+                events = self.execute(step)
+                for c in step.chunks if step is not None and not step.decode else ():
+                    on_prompt(c.sequence.index, c.start + len(c.tokens))
+                yield from events
         finally:
             self.close()
 

@@ -232,11 +232,16 @@ class LLM:
         pairs = zip(prompts, params, strict=True)
         return self._from_rank_0(lambda: [or_error(one, index, item) for index, item in enumerate(pairs)])
 
-    def run(self, requests: list[Request]) -> Iterator[TokenEvent]:
-        """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike."""
+    def run(
+        self, requests: list[Request], on_prompt: Callable[[int, int], None] = lambda index, tokens: None
+    ) -> Iterator[TokenEvent]:
+        """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike.
+
+        on_prompt(request, tokens) is told how much of a prompt has been read, step by step.
+        """
         if self._session is not None and not self._session.closed:
             raise UserError("a session is open on this model; submit prompts to it, or close it first")
-        return self._new_run().events(requests)
+        return self._new_run().events(requests, on_prompt)
 
     def _new_run(self) -> Run:
         return Run(

@@ -6,9 +6,12 @@ import json
 import logging
 from collections import defaultdict
 from pathlib import Path
+from types import TracebackType
 from typing import TextIO
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from typing_extensions import Self
 
 from ssm_dist.commands import benchmark
 from ssm_dist.config import Config
@@ -18,6 +21,9 @@ from ssm_dist.llm import LLM
 from ssm_dist.report import run_table
 from ssm_dist.requests import Request, read_lines
 from ssm_dist.sampling.params import SamplingParams
+
+LONG = 4
+"""Chunks of a step beyond which prompts are so long that their reading is shown."""
 
 
 def run(config: Config) -> None:
@@ -42,14 +48,52 @@ def run(config: Config) -> None:
     )
     collector = Collector(requests, with_text=llm.tokenizer is not None)
     printer = Printer(requests, Console(highlight=False, markup=False)) if speaks else None
-    for event in llm.run(requests):
-        collector.add(event)
-        if printer is not None:
-            printer.add(event)
+    console = Console(stderr=True, quiet=not speaks)
+    with Reading(requests, config.prefill.chunk_tokens, console) as reading:
+        for event in llm.run(requests, reading.add):
+            reading.end()
+            collector.add(event)
+            if printer is not None:
+                printer.add(event)
     if speaks:
         if config.output.file is not None:
             _write(config.output.file, collector.completions)
         Console().print(run_table(llm, collector.completions))
+
+
+class Reading:
+    """On a terminal, a line that says how much of long prompts has been read, until the first token comes."""
+
+    def __init__(self, requests: list[Request], chunk_tokens: int, console: Console) -> None:
+        self._read: dict[int, int] = {}
+        total = sum(len(request.token_ids) for request in requests)
+        self._bar: Progress | None = None
+        if console.is_interactive and not console.quiet and total > LONG * chunk_tokens:
+            columns = TextColumn("Reading prompts"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+            self._bar = Progress(*columns, console=console, transient=True)
+            self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def add(self, index: int, tokens: int) -> None:
+        """So many tokens of a request's prompt have been read by now."""
+        if self._bar is not None:
+            self._bar.advance(self._task, tokens - self._read.get(index, 0))
+            self._read[index] = tokens
+
+    def end(self) -> None:
+        """Take the line away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
 
 
 class Printer:
