@@ -9,8 +9,8 @@ from ssm_dist.kernels import backend
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias.
 
-    x: (T, K); rows may be strided. weight: (N, K). bias: (N,) or None. Returns (T, N) in x's dtype, summed in
-    float32 where a kernel of ours serves it: a few rows of sixteen-bit numbers, while decoding.
+    x: (T, K); rows may be strided. weight: (N, K), or a transposed view. bias: (N,) or None.
+    Returns (T, N) in x's dtype, summed in float32 where a kernel of ours serves it: for few rows.
     """
     return backend.implementation("linear")(x, weight, bias)
 

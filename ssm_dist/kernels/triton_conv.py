@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import chunk_of_program, only_if, silu
 
@@ -120,21 +121,24 @@ def _conv_update_kernel(
     x, weight, bias, state, slots, y,
     x_row, state_slot, state_row, sequences, channels,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one token of SEQUENCES sequences, BLOCK_D channels, whose weights are read once."""
     KEPT: tl.constexpr = WIDTH - 1
+    start_next(PDL)
     blocks = tl.cdiv(channels, BLOCK_D)
     program = tl.program_id(0)
     channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < channels
     first = (program // blocks) * SEQUENCES
+    taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
+    wait_for_inputs(PDL)
 
     # Every load comes before the first store: they overlap, and a shifted row is read before it is written.
     # What needs a slot comes last, since loads are issued in order and would wait for it.
     slot_of = ()
     for i in tl.static_range(SEQUENCES):
         slot_of += (tl.load(slots + first + i, mask=first + i < sequences, other=0),)
-    taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
     inputs = ()
     for i in tl.static_range(SEQUENCES):
         here = channel < only_if(first + i < sequences, channels)
@@ -209,6 +213,7 @@ def causal_conv_update(
                 x, weight, bias, state, slots, y,
                 x.stride(0), state.stride(0), state.stride(1), sequences, channels,
                 WIDTH=width, HAS_BIAS=bias is not None, enable_fp_fusion=True, **config,
+                **launch_options(x.device),
             )  # fmt: skip
     return y
 

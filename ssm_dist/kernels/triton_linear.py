@@ -107,12 +107,14 @@ def _last_to_finish(counter, programs):
 @triton.jit(do_not_specialize=["tokens", "shares"])
 def _matrix_kernel(
     x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares,
-    SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N numbers of all rows, summed over one of `shares` spans of the width.
 
-    WHOLE: the width consists of whole blocks, and its rows may be prefetched.
+    TRANSPOSED: the columns where the weight is a transposed view, (columns, width) of (width, columns); or 0.
+    WHOLE: the width consists of whole blocks, and may be prefetched.
     """
     BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     start_next(PDL)
@@ -122,18 +124,27 @@ def _matrix_kernel(
     n, k, t = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
     row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
     if AHEAD > 0 and WHOLE:
-        prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
+        if TRANSPOSED > 0:
+            later = weight + (begin + k) * TRANSPOSED + tile * BLOCK_N
+            prefetch(later, tl.minimum(BLOCK_N, columns - tile * BLOCK_N) * BYTES, PDL)
+        else:
+            prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
     wait_for_inputs(PDL)
 
     input_row = x + (tl.minimum(t, tokens - 1) * x_row)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for at in range(begin, tl.minimum(begin + span, width), BLOCK_K):
         if WHOLE:
-            left = tl.load(row[:, None] + (at + k)[None, :])
             right = tl.load(input_row + (at + k)[:, None])
         else:
-            left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < width)[None, :], other=0.0)
             right = tl.load(input_row + (at + k)[:, None], mask=(at + k < width)[:, None], other=0.0)
+        if TRANSPOSED > 0:
+            inside = (n < TRANSPOSED)[:, None] & (at + k < width)[None, :]
+            left = tl.load(weight + n[:, None] + ((at + k) * TRANSPOSED)[None, :], mask=inside, other=0.0)
+        elif WHOLE:
+            left = tl.load(row[:, None] + (at + k)[None, :])
+        else:
+            left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < width)[None, :], other=0.0)
         total = tl.dot(factor(left), factor(right), total)
 
     sums = tl.trans(total)
@@ -179,7 +190,9 @@ def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
 def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     rows = next(rows for rows in (16, 32, 64) if tokens <= rows)
-    config = dict(tuning.configuration(f"linear_{rows}", weight.numel(), x.device))
+    transposed = columns > 1 and weight.stride(0) == 1
+    op = "linear_transposed" if transposed else f"linear_{rows}"
+    config = dict(tuning.configuration(op, weight.numel(), x.device))
     tiles, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
     shares = min(max(1, config.pop("PROGRAMS") // tiles), steps) if tiles <= COUNTERS else 1
     span = triton.cdiv(steps, shares) * config["BLOCK_K"]
@@ -187,8 +200,9 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     _matrix_kernel[(tiles * shares,)](
         x, weight, bias, y, parts, _counters(x.device), x.stride(0), tokens, columns, width, span, shares,
-        SHARED=shares > 1, WHOLE=width % config["BLOCK_K"] == 0, HAS_BIAS=bias is not None, BLOCK_T=rows,
-        enable_fp_fusion=True, **config, **launch_options(x.device),
+        TRANSPOSED=columns if transposed else 0, SHARED=shares > 1,
+        WHOLE=width % config["BLOCK_K"] == 0 and (not transposed or columns * x.element_size() % 16 == 0),
+        HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -206,17 +220,20 @@ def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = _outputs(x, weight, bias)
     with torch.cuda.device_of(x):
-        (_vector if x.shape[0] <= VECTOR_ROWS else _matrix)(x, weight, bias, y)
+        by_vector = x.shape[0] <= VECTOR_ROWS and weight.stride(1) == 1
+        (_vector if by_vector else _matrix)(x, weight, bias, y)
     return y
+
+
+def _serves(x: Tensor, weight: Tensor) -> bool:
+    if x.dim() != 2 or x.dtype != weight.dtype or x.stride(1) != 1 or not 0 < x.shape[0] <= MOST_ROWS:
+        return False
+    if weight.is_contiguous() and x.shape[0] <= VECTOR_ROWS:
+        return True
+    return x.element_size() == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
 
 
 @backend.register("linear", "triton")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`ssm_dist.kernels.linear`: by these kernels where they serve, otherwise as torch does it."""
-    if x.dim() != 2 or x.dtype != weight.dtype or not 0 < x.shape[0] <= MOST_ROWS:
-        return F.linear(x, weight, bias)
-    if x.stride(1) != 1 or not weight.is_contiguous():
-        return F.linear(x, weight, bias)
-    if x.element_size() > 2 and x.shape[0] > VECTOR_ROWS:
-        return F.linear(x, weight, bias)
-    return _few_rows(x, weight, bias)
+    return _few_rows(x, weight, bias) if _serves(x, weight) else F.linear(x, weight, bias)

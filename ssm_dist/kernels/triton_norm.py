@@ -6,18 +6,22 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 
 
 @triton.jit
 def _add_rms_norm_kernel(
     branch, residual, weight, y, total, branch_row, residual_row, width, eps,
-    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. The sum is stored only where there was something to add or to widen."""
+    start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
     value = tl.zeros((BLOCK,), tl.float32)
     if HAS_RESIDUAL:
         value += tl.load(residual + row * residual_row + column, mask=inside, other=0.0).to(tl.float32)
@@ -25,15 +29,17 @@ def _add_rms_norm_kernel(
         value += tl.load(branch + row * branch_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * width + column, value, mask=inside)
     scale = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
-    scaled = value * scale * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + row * width + column, scaled.to(y.dtype.element_ty), mask=inside)
+    tl.store(y + row * width + column, (value * scale * gain).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _rms_normalize_kernel(
-    x, y, rows, inner, outer_stride, inner_stride, width, eps, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+    x, y, rows, inner, outer_stride, inner_stride, width, eps,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """One program: ROWS rows; row r of x is at (r // inner) * outer_stride + (r % inner) * inner_stride."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
@@ -62,6 +68,7 @@ def _launch(
                 0 if residual is None else residual.stride(0), width, eps,
                 HAS_BRANCH=branch is not None, HAS_RESIDUAL=residual is not None,
                 BLOCK=triton.next_power_of_2(width), enable_fp_fusion=True, **config,
+                **launch_options(given.device),
             )  # fmt: skip
     return y, total
 
@@ -114,5 +121,6 @@ def rms_normalize(x: Tensor, eps: float) -> Tensor:
             _rms_normalize_kernel[(triton.cdiv(rows, per_program),)](
                 x, y, rows, inner, x.stride(0), x.stride(-2), width, eps,
                 ROWS=per_program, BLOCK=block, num_warps=4, enable_fp_fusion=True,
+                **launch_options(x.device),
             )  # fmt: skip
     return y

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import exp2, only_if, silu, softplus
 
@@ -29,8 +30,10 @@ def _state_update_kernel(
     x, dt, A_log, B, C, D, z, dt_bias, state, slots, y,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot, sequences, channels, group_channels,
     N: tl.constexpr, ONE_GROUP: tl.constexpr, SEQUENCES: tl.constexpr, BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one token of SEQUENCES sequences, BLOCK_D channels, whose A, D and bias are read once."""
+    start_next(PDL)
     blocks = tl.cdiv(channels, BLOCK_D)
     program = tl.program_id(0)
     corner = (program % blocks) * BLOCK_D
@@ -40,15 +43,16 @@ def _state_update_kernel(
     cell = channel[:, None] * N + n[None, :]
     group = corner // group_channels if ONE_GROUP else channel // group_channels
     first = (program // blocks) * SEQUENCES
+    A = tl.load(A_log + cell, mask=inside[:, None], other=0.0).to(tl.float32)
+    skip = tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
+    wait_for_inputs(PDL)
 
     # Every load comes before the first store, which no later load could overtake; what needs a slot comes
     # last, since loads are issued in order and would wait for it.
     slot_of = ()
     for i in tl.static_range(SEQUENCES):
         slot_of += (tl.load(slots + first + i, mask=first + i < sequences, other=0),)
-    A = tl.load(A_log + cell, mask=inside[:, None], other=0.0).to(tl.float32)
-    skip = tl.load(D + channel, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(dt_bias + channel, mask=inside, other=0.0).to(tl.float32)
     steps, Bs, Cs = (), (), ()
     for i in tl.static_range(SEQUENCES):
         s = tl.minimum(first + i, sequences - 1).to(tl.int64)
@@ -99,6 +103,6 @@ def selective_state_update(
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 state.stride(0), sequences, channels, channels // groups,
                 N=states, ONE_GROUP=groups == 1 or (channels // groups) % block == 0,
-                enable_fp_fusion=True, **config,
+                enable_fp_fusion=True, **config, **launch_options(x.device),
             )  # fmt: skip
     return y

@@ -81,6 +81,11 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
     },
+    # up to 64 rows, by a transposed weight; size: its numbers
+    "linear_transposed": {
+        90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 1, "PROGRAMS": 96, **FOUR_DEEP})],
+        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP})],
+    },
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums
     "linear_16": {
         90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 512, "PROGRAMS": 396, **FOUR_DEEP})],

@@ -62,7 +62,7 @@ class HeadwiseProjection(nn.Module):
         """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one."""
         heads = max(1, self.weight.shape[0] // self.head_dim)
         if heads == 1:
-            return (x @ self.weight)[:, None]
+            return kernels.linear(x, self.weight.T)[:, None]
         return torch.einsum(
             "tgc,gcr->tgr", x.unflatten(1, (heads, -1)), self.weight.unflatten(0, (heads, -1))
         )

@@ -40,6 +40,15 @@ def test_few_rows_of_any_number_are_multiplied(shape: tuple[int, int]) -> None:
             assert torch.equal(kernels.linear(x, weight), kernels.linear(x, weight)), rows
 
 
+@pytest.mark.parametrize("shape", [(192, 5120), (288, 8192), (264, 3712), (37, 101)], ids=str)
+def test_transposed_weights(shape: tuple[int, int]) -> None:
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        weight = torch.randn(shape[::-1]).bfloat16().T
+        for rows in ROWS:
+            x = torch.randn(rows, shape[1]).bfloat16()
+            assert bounded(kernels.linear(x, weight), x, weight, None), rows
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_other_dtypes(dtype: torch.dtype) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):

@@ -64,7 +64,7 @@ CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
 
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
-MATRIX = {"SHARED": True, "WHOLE": True, "HAS_BIAS": True}
+MATRIX = {"TRANSPOSED": 0, "SHARED": True, "WHOLE": True, "HAS_BIAS": True}
 
 
 class Case(NamedTuple):
@@ -97,6 +97,9 @@ KERNELS: dict[str, Case] = {
     "linear, 1 row": Case(triton_linear._vector_kernel, {**VECTOR, "TOKENS": 1}, "linear_vector", (90,)),
     "linear, 4 rows": Case(triton_linear._vector_kernel, {**VECTOR, "K": 2560, "TOKENS": 4}, "linear_vector"),
     "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
+    "linear, transposed": Case(
+        triton_linear._matrix_kernel, {**MATRIX, "TRANSPOSED": 192, "BLOCK_T": 16}, "linear_transposed"
+    ),
     "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}, "linear_64"),
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
     "gluon, two ahead": Case(gluon_scan.scan_kernel, {**GLUON, "DEPTH": 2}, "", (90,)),

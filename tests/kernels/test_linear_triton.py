@@ -50,6 +50,13 @@ def test_up_to_64_rows_are_multiplied(dtype: torch.dtype, tokens: int, shape: tu
     check(x, weight, None)
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+@pytest.mark.parametrize("shape", [(1, 1), (70, 37), (72, 192)], ids=str)
+def test_a_transposed_weight(tokens: int, shape: tuple[int, int]) -> None:
+    x, weight, bias = inputs(tokens, shape, torch.bfloat16)
+    check(x, weight.T.contiguous().T, bias)
+
+
 @pytest.mark.parametrize("programs", [1, 6, 10, 1000])
 def test_programs_that_share_a_sum_count_to_zero_again(programs: int) -> None:
     x, weight, bias = inputs(6, (36, 300), torch.bfloat16)
