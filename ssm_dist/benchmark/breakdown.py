@@ -91,6 +91,7 @@ def break_down(llm: LLM, case: Case, barrier: Callable[[], None]) -> dict[str, A
     parts = {"prefill_breakdown": _profiled(llm, case, 1, barrier).told()}
     if case.new_tokens > 1:
         short = Case(case.batch, case.prompt_tokens if llm.cache.paged else SHORT, FEW + STEPS)
+        run_case(llm, short, FEW, barrier)  # captures its prefill, where that is new
         few, more = (_profiled(llm, short, n, barrier) for n in (FEW, FEW + STEPS))
         parts["decode_breakdown"] = more.minus(few, STEPS).told()
     return parts

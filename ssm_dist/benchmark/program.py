@@ -24,6 +24,7 @@ from ssm_dist.benchmark.cases import Case, cases_of
 from ssm_dist.benchmark.floors import Ceilings, ceilings_of, state_bytes
 from ssm_dist.benchmark.timing import time_case
 from ssm_dist.build import device_type
+from ssm_dist.capture import resolve_mode
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
@@ -131,7 +132,7 @@ def engine_of(llm: LLM) -> dict[str, Any]:
     """What it runs with."""
     return {
         "kernels": llm.loaded.kernels,
-        "compile": llm.config.compile.mode,
+        "compile": resolve_mode(llm.config.compile, llm.loaded),
         "reductions": llm.reduction,
         "dtype": str(llm.loaded.dtype).removeprefix("torch."),
         "state_dtype": llm.config.cache.state_dtype,
