@@ -1,8 +1,8 @@
 """What the peers' scripts share: the same cases, timed the same way, in documents for `ssm-dist report`.
 
 A peer runs a batch in step, so a decode step is (T_G - T_1) / (G - 1), with T_1 and T_G the seconds of its
-own generation of one token and of all. Where it has a faster forward that keeps no state, that one counts as
-its prefill. The document is rewritten after every case; one that fails or takes too long leaves its reason.
+own generation of one token and of all. In a case of one new token, its prefill is the faster of that and of
+its plain forward. The document is rewritten after every case; one that fails or takes too long leaves its reason.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Peer:
     generate: Callable[[Tensor, int], Any]
     """Token ids (B, P), and how many new ones."""
     forwards: dict[str, Callable[[Tensor], Any]] = field(default_factory=dict)
-    """Ways to read prompts besides, by name, for the logits after them."""
+    """Ways to read prompts besides, by name, for the logits after them; timed in cases of one new token."""
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -99,10 +100,11 @@ def timed(peer: Peer, case: Case, repeats: int) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.tensor(case.prompts(vocab_size), device=device)
     ways: dict[str, Callable[[], Any]] = {"generate": lambda: peer.generate(ids, 1)}
-    ways |= {name: lambda run=run: run(ids) for name, run in peer.forwards.items()}  # type: ignore[misc]
-    if case.new_tokens > 1:
+    if case.new_tokens == 1:
+        ways |= {name: partial(run, ids) for name, run in peer.forwards.items()}
+    else:
         peer.generate(ids, case.new_tokens)
-    reading = {name: seconds(run, repeats) for name, run in ways.items()}
+    reading = {name: seconds(run, repeats, warmup=int(case.new_tokens == 1)) for name, run in ways.items()}
     path = min(reading, key=lambda name: statistics.median(reading[name]))
     prefill = statistics.median(reading[path])
     measures: dict[str, Any] = {
@@ -123,7 +125,7 @@ def timed(peer: Peer, case: Case, repeats: int) -> dict[str, Any]:
     return measures
 
 
-def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> list[float]:
+def seconds(run: Callable[[], Any], repeats: int, warmup: int) -> list[float]:
     """Of every repeat, to the end of the work on the device."""
     times = []
     for index in range(warmup + repeats):
