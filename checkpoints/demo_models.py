@@ -19,23 +19,25 @@ MOST_BYTES = 4_000_000
 SHARED = {"vocab_size": VOCAB_SIZE, "hidden_size": 128, "bos_token_id": 0, "eos_token_id": 0}
 # `rescale_prenorm_residual` stays off: with it, transformers divides out_proj again when it loads a model.
 CONFIGS: dict[str, Any] = {
-    "mamba": lambda: MambaConfig(
-        **SHARED, pad_token_id=0, num_hidden_layers=12, state_size=16, expand=2, conv_kernel=4,
-        tie_word_embeddings=True,
-    ),
+    "mamba": lambda size: MambaConfig(**SHARED | {
+        "pad_token_id": 0, "num_hidden_layers": 12, "state_size": 16, "expand": 2, "conv_kernel": 4,
+        "tie_word_embeddings": True, **size,
+    }),
     # With a head of its own, as the released models have.
-    "falcon_mamba": lambda: FalconMambaConfig(
-        **SHARED, pad_token_id=0, num_hidden_layers=11, state_size=16, expand=2, conv_kernel=4,
-        tie_word_embeddings=False, mixer_rms_eps=1e-6,
-    ),
+    "falcon_mamba": lambda size: FalconMambaConfig(**SHARED | {
+        "pad_token_id": 0, "num_hidden_layers": 11, "state_size": 16, "expand": 2, "conv_kernel": 4,
+        "tie_word_embeddings": False, "mixer_rms_eps": 1e-6, **size,
+    }),
     # Hybrid layers 2, 5 and 8. No padding id: the class never trains that token's embedding.
-    "zamba": lambda: ZambaConfig(
-        **SHARED, pad_token_id=None, num_hidden_layers=9, mamba_d_state=16, mamba_expand=2, mamba_d_conv=4,
-        n_mamba_heads=2, num_attention_heads=8, num_key_value_heads=8, intermediate_size=512,
-        attn_layer_period=3, attn_layer_offset=2, initializer_range=0.05, tie_word_embeddings=True,
-    ),
+    "zamba": lambda size: ZambaConfig(**SHARED | {
+        "pad_token_id": None, "num_hidden_layers": 9, "mamba_d_state": 16, "mamba_expand": 2,
+        "mamba_d_conv": 4, "n_mamba_heads": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
+        "intermediate_size": 512, "attn_layer_period": 3, "attn_layer_offset": 2, "initializer_range": 0.05,
+        "tie_word_embeddings": True, **size,
+    }),
 }  # fmt: skip
-"""Architecture -> its configuration. Every sharded dimension divides by 8."""
+"""Architecture -> its configuration, with other sizes where they are given. As it is, every sharded dimension
+divides by 8."""
 
 PROMPTS = (
     'import os\nimport sys\n\n\ndef main():\n    """',
@@ -44,17 +46,18 @@ PROMPTS = (
 )
 
 
-def folder_name(name: str) -> str:
+def folder_name(name: str, size: dict[str, int]) -> str:
     """Name of an architecture's checkpoint folder."""
-    return f"{name.replace('_', '-')}-tiny-python"
+    kind = "-".join(map(str, size.values())) or "tiny"
+    return f"{name.replace('_', '-')}-{kind}-python"
 
 
-def build_model(name: str, device: torch.device, seed: int) -> Any:
-    """A fresh float32 model of transformers' class for the architecture."""
+def build_model(name: str, size: dict[str, int], device: torch.device, seed: int) -> Any:
+    """A fresh float32 model of transformers' class for the architecture, with `size` over the demo's."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name](), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name](size), dtype=torch.float32)
     weights = 2 * sum(x.numel() for x in model.parameters())
-    if weights > MOST_BYTES - 200_000:
+    if not size and weights > MOST_BYTES - 200_000:
         raise ValueError(
             f"{name}: {weights} bytes of weights leave no room for the tokenizer in {MOST_BYTES}"
         )
