@@ -26,6 +26,7 @@ ROWS = (1, 64, 256, 16384)
 """Of the norms."""
 FEW_ROWS = (1, 4, 16, 64)
 """Of linear layers."""
+FEW_SEQUENCES = (1, 4)
 ATTENTIONS = ((1, 1), (64, 1), (1, 2048))
 """(sequences, new tokens of each)."""
 CONTEXT = 4096
@@ -71,6 +72,8 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
             for sequences in DECODES:
                 yield _conv(sizes, sequences, 1)
                 yield _scan(sizes, sequences, 1)
+            for sequences in FEW_SEQUENCES:
+                yield _projected(sizes, config.dt_rank, sequences)
             for columns, width in linear_layers(config, degree):
                 yield from (_linear(model, degree, columns, width, rows) for rows in FEW_ROWS)
             if degree == 1:
@@ -147,6 +150,18 @@ def _scan(sizes: _Sizes, sequences: int, tokens: int) -> Case:
     op = "selective_state_update" if update else "selective_scan"
     special = rows * channels * (states + 4)
     return Case(op, sizes.model, sizes.degree, sequences, tokens, channels, make, moved, 0, special)
+
+
+def _projected(sizes: _Sizes, rank: int, sequences: int) -> Case:
+    update = _scan(sizes, sequences, 1)
+
+    def make(device: torch.device) -> list[Any]:
+        x, _, A_log, _, _, D, z, bias, state, slots = update.make(device)
+        given = _normal(sequences, sizes.groups, rank + 2 * sizes.states, device=device)
+        return [x, given, _normal(sizes.channels, rank, device=device), A_log, D, z, bias, state, slots]
+
+    moved = update.bytes + HALF * (sizes.channels * (rank - sequences) + sequences * sizes.groups * rank)
+    return dataclasses.replace(update, op="projected_state_update", make=make, bytes=moved)
 
 
 def _add_norm(model: str, width: int, rows: int) -> Case:

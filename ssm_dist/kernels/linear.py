@@ -1,5 +1,6 @@
 """Linear layers. With few rows they are bound by reading the weight, which wants kernels of its own."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,6 +14,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns (T, N) in x's dtype, summed in float32 where a kernel of ours serves it: for few rows.
     """
     return backend.implementation("linear")(x, weight, bias)
+
+
+def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head of inputs times its part of the weight: x (T, G, K), weight (N, K) -> (T, N).
+
+    Group g makes the outputs g * N / G ... (g + 1) * N / G - 1.
+    """
+    groups = x.shape[1]
+    if groups == 1:
+        return linear(x[:, 0], weight)
+    return torch.einsum("tgr,gcr->tgc", x, weight.unflatten(0, (groups, -1))).flatten(1)
 
 
 @backend.register("linear", "reference")

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.linear import linear_by_head
+from ssm_dist.kernels.norm import rms_normalize
 from ssm_dist.kernels.ragged import place_in_sequence, sequence_of_token
 
 TIME_BLOCK = 32
@@ -41,6 +43,20 @@ def selective_state_update(
 ) -> Tensor:  # fmt: skip
     """`selective_scan` for exactly one token a sequence: x, dt, z (S, D), B, C (S, G, N), slots (S,)."""
     return backend.implementation("selective_state_update")(x, dt, A_log, B, C, D, z, dt_bias, state, slots)
+
+
+def projected_state_update(
+    x: Tensor, given: Tensor, weight: Tensor, A_log: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
+    state: Tensor, slots: Tensor, rms_eps: float | None = None,
+) -> Tensor:  # fmt: skip
+    """`selective_state_update` from what x_proj gives: dt before its projection, B and C, side by side.
+
+    given:  (S, G, R + 2 N); with `rms_eps`, each of the three first goes through `rms_normalize`.
+    weight: (D, R), dt_proj's; see `linear_by_head`. The rest as in `selective_state_update`.
+    """
+    return backend.implementation("projected_state_update")(
+        x, given, weight, A_log, D, z, dt_bias, state, slots, rms_eps
+    )
 
 
 @backend.register("selective_scan", "reference")
@@ -118,3 +134,15 @@ def selective_state_update_reference(
     states = decay * state[slots.long()].to(wide) + _outer(step * x.to(wide), B.to(wide))
     state[slots.long()] = states.to(state.dtype)
     return _read_out(states, x, C, D, z, wide).to(x.dtype)
+
+
+@backend.register("projected_state_update", "reference")
+def projected_state_update_reference(
+    x: Tensor, given: Tensor, weight: Tensor, A_log: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
+    state: Tensor, slots: Tensor, rms_eps: float | None,
+) -> Tensor:  # fmt: skip
+    """The definition of `projected_state_update`: the ops that it consists of, in the selected backend."""
+    dt, B, C = given.split([weight.shape[1], A_log.shape[1], A_log.shape[1]], dim=-1)
+    if rms_eps is not None:
+        dt, B, C = (rms_normalize(t, rms_eps) for t in (dt, B, C))
+    return selective_state_update(x, linear_by_head(dt, weight), A_log, B, C, D, z, dt_bias, state, slots)

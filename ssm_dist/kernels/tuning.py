@@ -60,6 +60,11 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
         ],
     },
+    # up to 8 sequences; size: channels
+    "projected_state_update": {
+        90: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
+        80: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
+    },
     # size: rows
     "add_rms_norm": {
         90: [(264, {"num_warps": 8}), (ANY, {"num_warps": 4})],

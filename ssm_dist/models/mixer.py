@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_dist import kernels
+from ssm_dist.kernels.linear import linear_by_head
 from ssm_dist.models.batch import MixerState, RaggedBatch
 from ssm_dist.models.layers import Linear, PackedLinear
 
@@ -78,10 +79,7 @@ class HeadwiseExpansion(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, heads held, d_in) -> (T, channels held), without the bias."""
-        heads = x.shape[1]
-        if heads == 1:
-            return kernels.linear(x[:, 0], self.weight)
-        return torch.einsum("tgr,gcr->tgc", x, self.weight.unflatten(0, (heads, -1))).flatten(1)
+        return linear_by_head(x, self.weight)
 
 
 class MambaMixer(nn.Module):
@@ -103,20 +101,25 @@ class MambaMixer(nn.Module):
         """hidden (T, d_model), normed -> (T, d_model), the branch; `state` is updated in place."""
         x, z = self.in_proj(hidden)
         x = self.conv(x, batch, state.conv)
-        dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)
-        if self.mixer_rms_eps is not None:
-            dt, B, C = (kernels.rms_normalize(t, self.mixer_rms_eps) for t in (dt, B, C))
-        return self.out_proj(self._scan(x, self.dt_proj(dt), B, C, z, batch, state.ssm))
+        advance = self._step if batch.decode else self._scan
+        return self.out_proj(advance(x, self.x_proj(x), z, batch, state.ssm))
 
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""
         channels, width = self.conv.weight.shape
         return (width - 1, channels), (channels, self.A_log.shape[1])
 
-    def _scan(
-        self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor
-    ) -> Tensor:
-        inputs = (x, dt, self.A_log, B, C, self.D, z, self.dt_proj.bias, state)
-        if batch.decode:
-            return kernels.selective_state_update(*inputs, batch.slots)
-        return kernels.selective_scan(*inputs, batch.seq_offsets, batch.slots)
+    def _scan(self, x: Tensor, given: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor) -> Tensor:
+        dt, B, C = given.split(self.sizes, dim=-1)
+        if self.mixer_rms_eps is not None:
+            dt, B, C = (kernels.rms_normalize(t, self.mixer_rms_eps) for t in (dt, B, C))
+        return kernels.selective_scan(
+            x, self.dt_proj(dt), self.A_log, B, C, self.D, z, self.dt_proj.bias,
+            state, batch.seq_offsets, batch.slots,
+        )  # fmt: skip
+
+    def _step(self, x: Tensor, given: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor) -> Tensor:
+        return kernels.projected_state_update(
+            x, given, self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,
+            state, batch.slots, self.mixer_rms_eps,
+        )  # fmt: skip

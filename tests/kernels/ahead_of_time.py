@@ -29,6 +29,7 @@ from ssm_dist.kernels import (
     triton_conv,
     triton_linear,
     triton_norm,
+    triton_projected_update,
     triton_scan,
     triton_update,
     tuning,
@@ -36,7 +37,7 @@ from ssm_dist.kernels import (
 
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
-              "value_pages"],
+              "value_pages", "given"],
     "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals",
               "parts"],
     "*i32": ["seq_offsets", "slots", "pages", "counters"],
@@ -64,6 +65,7 @@ CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
 
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
+PROJECTED = {"RANK": 160, "N": 16, "RMS": True, "BLOCK_R": 256, "eps": "fp32", "state": "*fp32"}
 MATRIX = {"TRANSPOSED": 0, "SHARED": True, "WHOLE": True, "HAS_BIAS": True}
 
 
@@ -101,6 +103,9 @@ KERNELS: dict[str, Case] = {
         triton_linear._matrix_kernel, {**MATRIX, "TRANSPOSED": 192, "BLOCK_T": 16}, "linear_transposed"
     ),
     "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}, "linear_64"),
+    "projected update": Case(
+        triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
+    ),
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
     "gluon, two ahead": Case(gluon_scan.scan_kernel, {**GLUON, "DEPTH": 2}, "", (90,)),
     "gluon, no polynomial": Case(gluon_scan.scan_kernel, {**GLUON, "EXTRA": 0}, "", (90,)),
