@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend
+from tests.kernels.inputs import scan_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -86,3 +87,23 @@ def test_a_captured_chain_of_layers_equals_the_same_calls_one_by_one(rows: int) 
             x.normal_()
             graph.replay()
             assert torch.equal(captured, chain(True))
+
+
+@pytest.mark.parametrize("eps", [None, 1e-6])
+@pytest.mark.parametrize(("sequences", "channels", "rank", "groups"), [(1, 5120, 160, 1), (8, 7424, 232, 2)])
+def test_projection_and_state_update_in_one(
+    sequences: int, channels: int, rank: int, groups: int, eps: float | None
+) -> None:
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        x, _, A_log, B, _, D, z, bias, state, _, slots = scan_inputs(
+            [1] * sequences, channels, 16, groups, torch.bfloat16
+        )
+        given = torch.randn(sequences, groups, rank + 32).bfloat16()
+        weight = (torch.randn(channels, rank) / rank**0.5).bfloat16()
+        arguments = [x, given, weight, A_log, D, z, bias, state, slots]
+        wide = [t.double() if t.is_floating_point() else t for t in arguments]
+        y = kernels.projected_state_update(*arguments, eps)
+        with backend.using("reference", "cuda"):
+            exact = kernels.projected_state_update(*wide, eps)
+        assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
+        assert float((state.double() - wide[7]).norm() / wide[7].norm()) < 1e-5
