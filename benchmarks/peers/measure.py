@@ -2,7 +2,8 @@
 
 A peer runs a batch in step, so a decode step is (T_G - T_1) / (G - 1), with T_1 and T_G the seconds of its
 own generation of one token and of all. In a case of one new token, its prefill is the faster of that and of
-its plain forward. The document is rewritten after every case; one that fails or takes too long leaves its reason.
+its plain forward. The document is rewritten after every case; one that fails, or takes too long, leaves its
+reason.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ def label(row: Row) -> str:
     """The system, and what it was told to do otherwise than by default."""
     name = row["system"] if row["system"] == "ssm-dist" else f"{row['system']} {row['version'] or ''}".strip()
     parts = [name] + ([row["codec"]] if row["codec"] != "none" else []) + ([] if row["p2p"] else ["no P2P"])
+    parts += ["replicas"] if row.get("replicas") else []
     if row["system"] == "ssm-dist" and row.get("kernels", "triton") not in ("triton", "reference"):
         parts.append(row["kernels"])
     return ", ".join(parts) + (" (quoted)" if row["quoted"] else "")

@@ -115,6 +115,7 @@ def _compared(target: Target, degree: int, rows: Sequence[Row]) -> dict[str, Any
     ours = [
         row for row in rows
         if row["system"] == "ssm-dist" and row["degree"] == degree and row["p2p"] and target.holds_for(row)
+        and not row.get("replicas")
         and codec in (None, row["codec"])
     ]  # fmt: skip
     if not ours:

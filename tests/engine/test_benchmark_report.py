@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -155,3 +157,21 @@ def test_a_table_leaves_out_columns_that_nobody_has():
     text = table(columns, [{"a": 1234567.0, "b": "x|y"}, {"b": "z"}])
     assert text == "| a | b |\n|---:|---|\n| 1,234,567 | x\\|y |\n| - | z |\n"
     assert [number(v) for v in (0.123456, 12345, True, None)] == ["0.1235", "12,345", "True", "-"]
+
+
+def test_replicas_run_together_and_count_as_many_gpus(tmp_path):
+    out = tmp_path / "replicas.json"
+    command = [sys.executable, "benchmarks/replicas.py", "--model", "mamba-tiny", "--replicas", "2"]
+    command += ["--cases", "4x8+3", "--repeats", "2", "--out", str(out)]
+    environment = os.environ | {"PYTHONPATH": "."}
+    done = subprocess.run(
+        command, cwd=PEERS.parents[1], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == read(out)
+    (case,) = read(out)["cases"]
+    assert (case["degree"], case["replicas"], case["batch"]) == (2, 2, 4)
+    assert case["output_tokens_per_second"] == pytest.approx(12 / case["request_seconds"]["median"], abs=0.1)
+    one = {"system": "ssm-dist", "environment": {}, "cases": [case | {"degree": 1, "replicas": None}]}
+    text = page([one | {"version": "1"}, read(out)], None)
+    assert "| 4x8+3 | ssm-dist, replicas | 2 |" in text and "× 1 GPU" in text
