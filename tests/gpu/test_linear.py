@@ -1,6 +1,7 @@
 """Linear layers with few rows on a GPU, alone and in chains of dependent launches."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -95,15 +96,15 @@ def test_projection_and_state_update_in_one(
     sequences: int, channels: int, rank: int, groups: int, eps: float | None
 ) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):
-        x, _, A_log, B, _, D, z, bias, state, _, slots = scan_inputs(
+        x, _, A_log, _, _, D, z, bias, state, _, slots = scan_inputs(
             [1] * sequences, channels, 16, groups, torch.bfloat16
         )
         given = torch.randn(sequences, groups, rank + 32).bfloat16()
         weight = (torch.randn(channels, rank) / rank**0.5).bfloat16()
-        arguments = [x, given, weight, A_log, D, z, bias, state, slots]
+        arguments: list[Any] = [x, given, weight, A_log, D, z, bias, state, slots]
         wide = [t.double() if t.is_floating_point() else t for t in arguments]
-        y = kernels.projected_state_update(*arguments, eps)
+        y = kernels.projected_state_update(*arguments, rms_eps=eps)
         with backend.using("reference", "cuda"):
-            exact = kernels.projected_state_update(*wide, eps)
+            exact = kernels.projected_state_update(*wide, rms_eps=eps)
         assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
         assert float((state.double() - wide[7]).norm() / wide[7].norm()) < 1e-5
