@@ -47,6 +47,8 @@ def run_benchmark(config: Config, save: Callable[[Document], None] = lambda docu
     grid, cases = config.benchmark, cases_of(config.benchmark)
     if grid.profile is not None and not grid.profile.parent.is_dir():
         raise UserError(f"[benchmark] profile: there is no folder {grid.profile.parent}")
+    if config.cache.prefix_device_bytes:
+        raise UserError("a benchmark repeats its prompts: set cache.prefix_device_bytes = 0, or it reads none")
     ranks = init_ranks(config.parallel.tensor, device_type())
     rates = ceilings_of(ranks.device)
     document = new_document(config, ranks.device, rates)

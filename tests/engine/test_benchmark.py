@@ -123,6 +123,13 @@ def test_a_preset_that_does_not_exist_is_reported_among_others_and_raises_alone(
         run_benchmark(configuration("mamba-tinier", cases=["1x4+1"]))
 
 
+def test_prompts_that_would_be_known_after_the_first_run_are_refused():
+    config = configuration("mamba-tiny", cases=["1x4+1"])
+    cache = config.cache.model_copy(update={"prefix_device_bytes": 1 << 20})
+    with pytest.raises(UserError, match="prefix_device_bytes = 0"):
+        run_benchmark(config.model_copy(update={"cache": cache}))
+
+
 def test_a_case_is_written_as_prompts_by_tokens_plus_new_ones():
     assert parse_case("64x2048+128") == Case(64, 2048, 128) and str(Case(1, 2, 3)) == "1x2+3"
     for wrong in ("64x2048", "64 x 2048 + 128", "0x5+1", "axb+c"):

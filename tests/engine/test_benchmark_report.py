@@ -159,6 +159,7 @@ def test_a_table_leaves_out_columns_that_nobody_has():
     assert [number(v) for v in (0.123456, 12345, True, None)] == ["0.1235", "12,345", "True", "-"]
 
 
+@pytest.mark.slow
 def test_replicas_run_together_and_count_as_many_gpus(tmp_path):
     out = tmp_path / "replicas.json"
     command = [sys.executable, "benchmarks/replicas.py", "--model", "mamba-tiny", "--replicas", "2"]
