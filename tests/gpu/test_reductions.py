@@ -4,6 +4,7 @@ The ranks of a degree are started once; before that, other processes compile the
 """
 
 import os
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -13,7 +14,7 @@ from tests.gpu import reductions_on_gpus as on_gpus
 from tests.gpu.reductions_on_gpus import SHORT
 from tests.kernels.codec_bounds import CODECS, QUANTISED
 from tests.parallel.reductions_on_ranks import Case
-from tests.ranks import run_on_ranks
+from tests.ranks import RankError, run_on_ranks
 
 GPUS = torch.cuda.device_count()
 DEGREES = [n for n in (2, 4) if n <= GPUS]
@@ -84,8 +85,11 @@ def all_kernels() -> list[tuple[str, Case]]:
 def compiled() -> Iterator[None]:
     """Kernels take a second each to compile: all of them, in as many processes as there are cores for."""
     workers = max(1, min(12, len(os.sched_getaffinity(0)) // 2))
-    for degree in DEGREES:
-        run_on_ranks(workers, on_gpus.compile_share, degree, all_kernels())
+    try:
+        for degree in DEGREES:
+            run_on_ranks(workers, on_gpus.compile_share, degree, all_kernels())
+    except RankError as error:  # then the ranks compile for themselves, which takes longer
+        warnings.warn(f"compiling ahead failed: {error}", stacklevel=1)
     yield
 
 

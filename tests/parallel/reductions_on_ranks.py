@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging.handlers
 import os
+import queue
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import _get_process_group_store
 
 from ssm_dist.kernels import add_rms_norm
 from ssm_dist.parallel import TensorParallel
@@ -178,6 +181,32 @@ def traced_with_shared_memory() -> tuple[list[str], int]:
         group.memory = None
     calls = [str(node.target) for graph in graphs for node in graph.graph.nodes]
     return [call.split(".")[1] for call in calls if "tp_all_reduce" in call], len(graphs)
+
+
+def shared_where_it_cannot_be() -> tuple[bool, list[str], str, Tensor]:
+    """Whether CPU ranks could open shared memory, what was logged, what carries a sum then, and a sum."""
+    from ssm_dist.parallel.collectives import carrier, shared
+
+    tp, lines = all_ranks(), logging.handlers.QueueHandler(queue.SimpleQueue())
+    shared.logger.addHandler(lines)
+    shared.logger.setLevel(logging.INFO)
+    opened = [shared.open_shared_memory(tp.group, 128, 1024, torch.device("cpu")) for _ in range(2)]
+    logged = [lines.queue.get().getMessage() for _ in range(lines.queue.qsize())]
+    shared.logger.removeHandler(lines)
+    return any(opened), logged, carrier(tp.group), tp_all_reduce(torch.ones(3), tp.group)
+
+
+def slow_reduction() -> tuple[str, str]:
+    """What two ranks say of their waits in the store when one came late to a reduction that then ended."""
+    tp = all_ranks()
+    name = register_group("patient", tp.mesh.get_group(), 20.0)
+    time.sleep(0.0 if tp.rank == 0 else 1.5)
+    tp_all_reduce(torch.ones(2, 64), name, "int8")
+    dist.barrier()
+    store = _get_process_group_store(tp.mesh.get_group())
+    keys = [f"patient waiting {rank}" for rank in range(2)]
+    found = [store.get(key).decode() if store.check([key]) else "never" for key in keys]
+    return found[0], found[1]
 
 
 def without_a_rank(absent: int, timeout: float) -> None:

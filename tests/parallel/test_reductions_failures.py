@@ -6,7 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.parallel.reductions_on_ranks import until_one_dies, without_a_rank
+from tests.parallel.reductions_on_ranks import (
+    shared_where_it_cannot_be,
+    slow_reduction,
+    until_one_dies,
+    without_a_rank,
+)
 from tests.ranks import RankError, run_on_ranks
 
 
@@ -19,6 +24,18 @@ def test_a_rank_that_stalls_is_named_with_the_op_within_the_timeout() -> None:
     message = next(line for line in str(caught.value).splitlines() if "RankFailure: " in line)
     assert "all-reduce of (2, 64) float32 (reduction 1 of group 'impatient') did not end on rank" in message
     assert "nothing for 2 s. Missing: rank 1 of 3" in message and "timeout_seconds" in message
+
+
+def test_a_wait_that_ended_is_nobodys_excuse_later() -> None:
+    """Rank 0 waited for more than a second, said so, and took it back."""
+    assert run_on_ranks(2, slow_reduction) == [("-1", "never")] * 2
+
+
+def test_where_memory_cannot_be_shared_the_process_group_serves_and_a_line_says_why() -> None:
+    for opened, logged, carried, total in run_on_ranks(2, shared_where_it_cannot_be):
+        assert not opened and carried == "gloo" and total.tolist() == [2.0, 2.0, 2.0]
+        assert len(logged) == 1
+        assert logged[0].startswith("reductions: gloo serves all of them, since memory cannot be shared")
 
 
 def test_a_rank_that_dies_is_named_long_before_the_timeout(tmp_path: Path) -> None:

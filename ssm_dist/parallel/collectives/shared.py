@@ -6,6 +6,7 @@ one after the other, on one stream or on several that wait for each other; two a
 
 from __future__ import annotations
 
+import functools
 import logging
 import socket
 from dataclasses import dataclass, replace
@@ -121,8 +122,14 @@ def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: to
     if reason is None:
         group.memory, reason = _open(group, *sizes, device)
     if reason is not None:
-        logger.info("reductions: NCCL serves all of them, since %s", reason)
+        _announce(f"reductions: {group.backend} serves all of them, since {reason}")
     return reason is None
+
+
+@functools.cache
+def _announce(line: str) -> None:
+    """Log a line once a process, however many groups it holds for."""
+    logger.info(line)
 
 
 def shared_bytes(ranks: int, row_bytes: int, message_bytes: int) -> int:
