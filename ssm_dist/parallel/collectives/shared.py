@@ -132,12 +132,6 @@ def _announce(line: str) -> None:
     logger.info(line)
 
 
-def shared_bytes(ranks: int, row_bytes: int, message_bytes: int) -> int:
-    """What `open_shared_memory` takes on every rank."""
-    slots, slot_bytes, capacity = _sizes(ranks, row_bytes, message_bytes)
-    return bulk_bytes(ranks, capacity) + push_bytes(ranks, slots, slot_bytes)
-
-
 def _sizes(ranks: int, row_bytes: int, message_bytes: int) -> tuple[int, int, int]:
     slot_bytes = max(SMALLEST_SLOT, -(-row_bytes // 128) * 128)
     padding = ranks * (row_bytes + 16) + message_bytes // row_bytes * 16
