@@ -53,18 +53,24 @@ LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-
 """Model and degree, in the order in which the time is spent."""
 STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1)]
 """Model and sequences."""
+JOINED = ["projected_state_update"]
+VARIANTS = {
+    "torch": (["linear", *JOINED], True),
+    "ordinary": ([], True),
+    "separate": (JOINED, False),
+    "dependent": ([], False),
+}
+"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way."""
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
 
 
 @contextlib.contextmanager
 def variant(name: str) -> Iterator[None]:
-    """What serves a decode step: torch's products, or ours launched in the ordinary way or dependently."""
-    with contextlib.ExitStack() as stack:
-        if name != "dependent":
-            stack.enter_context(dependent_launch.ordinary_launches())
-        if name == "torch":
-            stack.enter_context(backend.using("triton", "cuda", definitions=["linear"]))
+    """What serves a decode step: see VARIANTS."""
+    definitions, ordinary = VARIANTS[name]
+    launches = dependent_launch.ordinary_launches() if ordinary else contextlib.nullcontext()
+    with launches, backend.using("triton", "cuda", definitions=definitions):
         yield
 
 
@@ -100,7 +106,7 @@ def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy
 
     moved = sum(p.nbytes for p in model.parameters()) + 2 * sum(s.conv.nbytes + s.ssm.nbytes for s in states)
     row: dict[str, Any] = {"model": name, "sequences": sequences, "floor": 1e3 * moved / copy}
-    for kind in ("torch", "ordinary", "dependent"):
+    for kind in VARIANTS:
         with variant(kind):
             row[kind] = 1e3 * clock.seconds([step])
     return row
@@ -168,7 +174,7 @@ def main() -> None:
     clock = Clock(device)
     copy = clock.copy_rate()
     report: dict[str, Any] = {"environment": environment(device), "copy_bytes_s": copy, "steps": []}
-    times = {"floor": ".2f", "torch": ".2f", "ordinary": ".2f", "dependent": ".2f"}
+    times = dict.fromkeys(("floor", "torch", "ordinary", "dependent"), ".2f")
     model, loaded = None, ""
     for name, sequences in STEPS:
         if name != loaded:
@@ -178,7 +184,11 @@ def main() -> None:
         report["steps"].append(step_row(name, model, sequences, clock, copy))
     model = None
     console = Console(width=180)
-    console.print(table(report["steps"], "Decode steps, ms", {"model": "", "sequences": "d", **times}))
+    console.print(
+        table(
+            report["steps"], "Decode steps, ms", {"model": "", "sequences": "d", **times, "separate": ".2f"}
+        )
+    )
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
     console.print(table([_named(row) for row in report["layers"]], "Linear layers, us", columns))

@@ -25,9 +25,9 @@ SHAPES = [(10240, 2560), (2560, 5120), (1280, 160), (3712, 14848), (50280, 2560)
 def bounded(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether y is off no more than sums of K products in float32, in any order, and one rounding may be."""
     wide = [t.double() for t in (x, weight)]
-    added = 0.0 if bias is None else bias.double()
+    added = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()
     exact = wide[0] @ wide[1].T + added
-    size = wide[0].abs() @ wide[1].abs().T + abs(added)
+    size = wide[0].abs() @ wide[1].abs().T + added.abs()
     bound = (x.shape[1] + 2) * 2.0**-24 * size + torch.finfo(y.dtype).eps / 2 * exact.abs() * (1 + 2**-8)
     return bool(((y.double() - exact).abs() <= bound + torch.finfo(y.dtype).tiny).all())
 
@@ -101,10 +101,10 @@ def test_projection_and_state_update_in_one(
         )
         given = torch.randn(sequences, groups, rank + 32).bfloat16()
         weight = (torch.randn(channels, rank) / rank**0.5).bfloat16()
-        arguments: list[Any] = [x, given, weight, A_log, D, z, bias, state, slots]
-        wide = [t.double() if t.is_floating_point() else t for t in arguments]
-        y = kernels.projected_state_update(*arguments, rms_eps=eps)
+        arguments: list[Any] = [x, given, weight, A_log, D, z, bias, state, slots, eps]
+        wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
+        y = kernels.projected_state_update(*arguments)
         with backend.using("reference", "cuda"):
-            exact = kernels.projected_state_update(*wide, rms_eps=eps)
+            exact = kernels.projected_state_update(*wide)
         assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
         assert float((state.double() - wide[7]).norm() / wide[7].norm()) < 1e-5
