@@ -131,13 +131,13 @@ class PrefixCache:
         return slot
 
     def _keep(self, snapshot: Snapshot, slot: int) -> None:
-        """Copy the state in a slot to the device level."""
+        """Copy the state in a slot to the device level; what has to leave may take its place below."""
+        if not snapshot.pinned:
+            self._leave_lower_levels(snapshot)
         while not self.cache.free_snapshots:
             self._leave_device(self._device.oldest())
         snapshot.kept = self.cache.keep(slot, snapshot.tokens)
         self._device.add(snapshot, self.cache.slot_bytes)
-        if not snapshot.pinned:
-            self._leave_lower_levels(snapshot)
 
     def _leave_device(self, snapshot: Snapshot) -> None:
         kept = snapshot.kept

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssm_dist.engine import Engine
 from ssm_dist.models.batch import ModelState, RaggedBatch, StateShapes
 from ssm_dist.sampling.sampler import Sampler
-from ssm_dist.state_cache import StateCache
+from ssm_dist.state_cache import PAGE_TOKENS, HostState, StateCache, pages_of
 
 VOCAB = 23
 MODULUS = 4093
@@ -78,3 +78,14 @@ def exact_engine(shapes: StateShapes, max_sequences: int, max_tokens: int, snaps
     )  # fmt: skip
     model = ExactModel(cache.padding_slot)
     return Engine(model, cache, Sampler(max_sequences + 1, VOCAB, "cpu"), VOCAB)  # type: ignore[arg-type]
+
+
+def exact_state(tokens: list[int], *, paged: bool) -> HostState:
+    """The model's state after these tokens, from its definition alone."""
+    value = 0
+    for token in tokens:
+        value = (value * 31 + token + 1) % MODULUS
+    kv = torch.zeros(int(paged), 2, pages_of(len(tokens)), PAGE_TOKENS, 1, 1)
+    if paged:
+        kv[0, 0].view(-1)[: len(tokens)] = torch.tensor(tokens, dtype=torch.float32)
+    return HostState(torch.full((1, 1, 1), float(len(tokens))), torch.full((1, 1, 1), float(value)), kv)

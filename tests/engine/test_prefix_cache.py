@@ -129,6 +129,15 @@ def test_states_move_from_the_device_to_the_host_to_a_file_and_back(tmp_path: Pa
     assert prefixes.counters.hits == 1 and engine.cache.free_slots == 2
 
 
+def test_a_state_taken_again_changes_places_with_the_one_that_leaves_the_device():
+    _, prefixes, run = make(PURE, snapshots=1, host_bytes=SLOT)
+    for index, token in enumerate([1, 2, 1]):
+        answer(run, index, [token] * 4, 1)
+    assert prefixes.bytes_held == (SLOT, SLOT, 0)
+    answer(run, 3, [2] * 5, 1)
+    assert prefixes.counters.hits == 1
+
+
 def test_two_snapshots_share_the_pages_of_what_they_have_in_common():
     engine, prefixes, run = make(interval=16, chunk=16)
     answer(run, 0, [1] * 48, 1)
