@@ -1,16 +1,14 @@
 """The selective scan for Hopper in Triton's Gluon dialect; `gluon_warp` says how a warp does its share.
 
-Warps work by themselves: no shared memory, no barrier. One program runs one item, a run of tokens of one
-sequence, for 16 channels a warp. Items are whole sequences where sequences x channels fill the GPU. Where
-they do not, sequences are cut into chunks and scanned in two passes: the first scans the first chunk of each
-sequence, and summarises the others but the last (end state from a zero start, sum of dt); the second folds
-the summaries before a chunk into its entering state, and scans it.
+One program runs one item, a run of tokens of one sequence, for 16 channels a warp. Warps work alone;
+`gluon_stream` brings their inputs through shared memory, `gluon_warp` straight into registers. Items are
+whole sequences where sequences x channels fill the GPU. Where they do not, sequences are cut into chunks and
+scanned in two passes: the first scans the first chunk of each sequence, and summarises the others but the
+last (end state from a zero start, sum of dt); the second folds the summaries before a chunk into its entering
+state, and scans it.
 """
 
 from __future__ import annotations
-
-import functools
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -18,7 +16,9 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ssm_dist.kernels.gluon_warp import LOG2_E, advance, shuffle
+from ssm_dist.kernels.gluon_form import Form
+from ssm_dist.kernels.gluon_stream import stream
+from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
 
 
 @gluon.jit
@@ -76,16 +76,33 @@ def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
     return s
 
 
+@gluon.jit
+def _advance(
+    s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens, N: gl.constexpr,
+    HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr, OUTPUT: gl.constexpr,
+):  # fmt: skip
+    if STAGES:
+        s, passed = stream(
+            s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
+            HALF, STAGES, EXTRA, OUTPUT,
+        )  # fmt: skip
+    else:
+        s, passed = advance(
+            s, A, sources, rows, y, y_row, bias, skip, lane, tokens, N, HALF, DEPTH, EXTRA, OUTPUT
+        )
+    return s, passed
+
+
 @gluon.jit(do_not_specialize=["sequences", "chunk", "group_blocks"])
 def scan_kernel(
     x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, ends, sums,
     sequences, chunk, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
-    CHUNKED: gl.constexpr, SECOND: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr,
 ):  # fmt: skip
     """One program: an item, 16 channels of a group a warp. Summaries: ends (items, D, N), sums (items, D)."""
-    LANES: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    LANES: gl.constexpr = lanes(WARPS)
     HALF: gl.constexpr = y.dtype.element_ty == gl.float16
     blocks = group_blocks * (channels // group_channels)
     item = gl.program_id(0) // blocks
@@ -109,9 +126,10 @@ def scan_kernel(
         return
 
     thread = gl.arange(0, 32 * WARPS, LANES)
-    g = thread % 32 // 4
-    i = thread % 4
-    within = block % group_blocks * (16 * WARPS) + thread // 32 * 16 + 2 * g
+    g = thread % 8
+    i = thread // 8 % 4
+    start = block % group_blocks * (16 * WARPS)
+    within = start + thread // 32 * 16 + 2 * g
     inside = within < group_channels
     channel = group * group_channels + within
     cell = channel * N + i * (N // 4)
@@ -130,13 +148,22 @@ def scan_kernel(
     state += gl.load(slots + sequence).to(gl.int64) * state_slot + cell
     token = begin.to(gl.int64)
     rows = (x_row, dt_row, z_row, B_row, C_row)
-    at = (
-        x + token * x_row + (i * x_row + channel),
-        dt + token * dt_row + (i * dt_row + channel),
-        z + token * z_row + (i * z_row + channel),
-        B + token * B_row + group * B_group + (i * B_row + N // 8 * g),
-        C + token * C_row + group * C_group + ((g // 2 + g % 2 * 4) * C_row + N // 4 * i),
+    sources = (
+        x + token * x_row + group * group_channels,
+        dt + token * dt_row + group * group_channels,
+        z + token * z_row + group * group_channels,
+        B + token * B_row + group * B_group,
+        C + token * C_row + group * C_group,
     )
+    if not STAGES:
+        sources = (
+            x + token * x_row + (i * x_row + channel),
+            dt + token * dt_row + (i * dt_row + channel),
+            z + token * z_row + (i * z_row + channel),
+            B + token * B_row + group * B_group + (i * B_row + N // 8 * g),
+            C + token * C_row + group * C_group + ((g // 2 + g % 2 * 4) * C_row + N // 4 * i),
+        )
+    lane = (g, i, start, inside)
     y += token * channels + (i * channels + channel)
     ends += item.to(gl.int64) * channels * N + cell
     sums += item.to(gl.int64) * channels + channel
@@ -145,9 +172,10 @@ def scan_kernel(
     if CHUNKED and not SECOND:
         if begin == first:
             s = _load_states(state, inside, N)
-            s, passed = advance(
-                s, A, at, y, rows, channels, bias, through, g, i, inside, tokens, N, HALF, DEPTH, EXTRA, True
-            )
+            s, passed = _advance(
+                s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
+                N, HALF, DEPTH, EXTRA, STAGES, True,
+            )  # fmt: skip
             if end == last:
                 _store_states(state, s, inside, N)
             else:
@@ -156,9 +184,10 @@ def scan_kernel(
             s = ()
             for k in gl.static_range(N // 2):
                 s += (gl.zeros_like(A[k]),)
-            s, passed = advance(
-                s, A, at, y, rows, channels, bias, through, g, i, inside, tokens, N, HALF, DEPTH, EXTRA, False
-            )
+            s, passed = _advance(
+                s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
+                N, HALF, DEPTH, EXTRA, STAGES, False,
+            )  # fmt: skip
             _store_states(ends, s, inside, N)
             for b in gl.static_range(2):
                 half = passed[b] + shuffle(passed[b], "bfly", 1)
@@ -172,50 +201,12 @@ def scan_kernel(
             )  # fmt: skip
         else:
             s = _load_states(state, inside, N)
-        s, passed = advance(
-            s, A, at, y, rows, channels, bias, through, g, i, inside, tokens, N, HALF, DEPTH, EXTRA, True
-        )
+        s, passed = _advance(
+            s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
+            N, HALF, DEPTH, EXTRA, STAGES, True,
+        )  # fmt: skip
         if end == last:
             _store_states(state, s, inside, N)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How a scan is run."""
-
-    chunk: int = 0
-    """Tokens of a chunk, a multiple of 16; 0 for whole sequences."""
-    warps: int = 4
-    """Warps a program; they share nothing but what the caches keep of B and C."""
-    depth: int = 1
-    """Loads run this many groups of eight tokens ahead."""
-    extra: int = 1
-    """Of every 16 exponentials, those by polynomial."""
-
-
-SCHEDULERS = 528
-"""Of an H200: 132 multiprocessors with four each, and a special-function unit to each scheduler."""
-ALONE, SHARED = 100, 76
-"""Cycles a step of a warp that has a scheduler to itself (latency), of each of several (throughput)."""
-PASS = 8000
-"""Cycles that a second pass costs however short it is: launch, loading and folding states."""
-
-
-@functools.lru_cache(maxsize=4096)
-def choose(tokens: int, sequences: int, channels: int) -> Form:
-    """The form for sequences of about equal lengths, by a model of the schedulers' time."""
-    length, warps = -(-tokens // sequences), sequences * -(-channels // 16)
-
-    def cycles(warps: int) -> int:
-        return max(ALONE, SHARED * -(-warps // SCHEDULERS))
-
-    best, form = length * cycles(warps), Form(depth=1 if warps > SCHEDULERS else 2)
-    for chunks in range(3, min(length // 64, 128) + 1):
-        chunk = 16 * -(-length // (16 * chunks))
-        cost = 2 * chunk * cycles((chunks - 1) * warps) + PASS
-        if cost < best:
-            best, form = cost, Form(chunk, depth=1 if (chunks - 1) * warps > 2 * SCHEDULERS else 2)
-    return form
 
 
 def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -223,6 +214,12 @@ def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
     pairs = all(t.data_ptr() % 4 == 0 and not any(n % 2 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
     channels = x.shape[1] // B.shape[1]
     return x.element_size() == 2 and B.shape[2] in (16, 32, 64) and channels % 2 == 0 and pairs
+
+
+def streams(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether a form with stages can, too: 16 states, and readable 16 bytes at a time."""
+    eights = all(t.data_ptr() % 16 == 0 and not any(n % 8 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
+    return B.shape[2] == 16 and x.shape[1] // B.shape[1] % 8 == 0 and eights
 
 
 def scan(
@@ -246,6 +243,7 @@ def scan(
                 sequences, form.chunk, channels, channels // groups, group_blocks,
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
-                CHUNKED=form.chunk > 0, SECOND=second, num_warps=form.warps, enable_fp_fusion=True,
+                STAGES=form.stages, CHUNKED=form.chunk > 0, SECOND=second,
+                num_warps=form.warps, maxnreg=form.registers, enable_fp_fusion=True,
             )  # fmt: skip
     return y

@@ -23,6 +23,14 @@ from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels.triton_common import log1p_coefficient
 
+
+@gluon.constexpr_function
+def lanes(warps):
+    """One element a lane: element 8 i + g of each 32 is lane 4 g + i's, so that g runs along memory."""
+    bases = [[32 << k] for k in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout([], [[8], [16], [1], [2], [4]], bases, [], [32 * warps])
+
+
 LOG2_E = gl.constexpr(1.4426950408889634)
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
 RESTORED = gl.constexpr(1 + 2**-11 * 0.7213475)
@@ -42,7 +50,7 @@ def _exp2_coefficient(k):
 
 
 @gluon.jit
-def _softplus(v):
+def softplus(v):
     """That of `triton_common`."""
     e = gl.exp2(gl.abs(v) * -LOG2_E)
     p = gl.zeros_like(e)
@@ -52,7 +60,7 @@ def _softplus(v):
 
 
 @gluon.jit
-def _silu(v):
+def silu(v):
     """v * sigmoid(v) with the approximate reciprocal."""
     return v * gl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + gl.exp2(v * -LOG2_E)], gl.float32, is_pure=True, pack=1
@@ -73,7 +81,7 @@ def _exp2_by_fma(v):
 
 
 @gluon.jit
-def _unpack(word, HALF: gl.constexpr):
+def unpack(word, HALF: gl.constexpr):
     """The two 16-bit numbers of an int32 in float32."""
     if HALF:
         low = (word & 0xFFFF).to(gl.int16).to(gl.float16, bitcast=True).to(gl.float32)
@@ -90,7 +98,7 @@ def _pack_assembly(half):
 
 
 @gluon.jit
-def _pack(low, high, HALF: gl.constexpr):
+def pack(low, high, HALF: gl.constexpr):
     """Two float32 numbers rounded to 16 bits, in an int32."""
     return gl.inline_asm_elementwise(
         _pack_assembly(HALF), "=r,f,f", [low, high], gl.int32, is_pure=True, pack=1
@@ -98,7 +106,7 @@ def _pack(low, high, HALF: gl.constexpr):
 
 
 @gluon.jit
-def _product(a, b, c):
+def product(a, b, c):
     """Rows a (16 x 8) times columns b (8 x 8) plus c, in tf32: 4, 2 and 4 registers of a lane."""
     return gl.inline_asm_elementwise(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
@@ -159,13 +167,19 @@ def _onward(at, rows):
 @gluon.jit
 def _inputs(x, dt, bias, real):
     """dt of a lane's two channels at one token, 0 where there is none; dt x and what tf32 drops of it."""
-    dt0 = gl.where(real, _softplus(dt[0] + bias[0]), 0.0)
-    dt1 = gl.where(real, _softplus(dt[1] + bias[1]), 0.0)
+    dt0 = gl.where(real, softplus(dt[0] + bias[0]), 0.0)
+    dt1 = gl.where(real, softplus(dt[1] + bias[1]), 0.0)
     u0 = dt0 * x[0]
     u1 = dt1 * x[1]
     rest0 = u0 - (u0.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
     rest1 = u1 - (u1.to(gl.int32, bitcast=True) & -8192).to(gl.float32, bitcast=True)
     return (dt0, dt1), (u0, u1, rest0, rest1)
+
+
+@gluon.jit
+def decay(step, A, TURN: gl.constexpr, EXTRA: gl.constexpr):
+    """exp2(step A), of which the EXTRA of every 16 turns go to the FMA pipes."""
+    return _exp2_by_fma(step * A) if TURN * EXTRA % 16 < EXTRA else gl.exp2(step * A)
 
 
 @gluon.jit
@@ -175,38 +189,37 @@ def _step(s, A, dt, u, B, i, LANE: gl.constexpr, H: gl.constexpr, EXTRA: gl.cons
     entering = ()
     for h in gl.static_range(H):
         b = gl.where(i == LANE, B[h], 0.0)
-        entering += (_product(u, (b, b), (zero, zero, zero, zero)),)
+        entering += (product(u, (b, b), (zero, zero, zero, zero)),)
     step = (shuffle(dt[0], "idx", LANE), shuffle(dt[1], "idx", LANE))
     new = ()
     for k in gl.static_range(4 * H):  # by channel, tile of states, column
-        if (LANE % 2 * 4 * H + k) * EXTRA % 16 < EXTRA:
-            decay = _exp2_by_fma(step[k // (2 * H)] * A[k])
-        else:
-            decay = gl.exp2(step[k // (2 * H)] * A[k])
-        new += (gl.fma(decay, s[k], entering[k // 2 % H][k // (2 * H) * 2 + k % 2]),)
+        remaining = decay(step[k // (2 * H)], A[k], LANE % 2 * 4 * H + k, EXTRA)
+        new += (gl.fma(remaining, s[k], entering[k // 2 % H][k // (2 * H) * 2 + k % 2]),)
     return new
 
 
 @gluon.jit
-def _read(s, C, H: gl.constexpr):
+def read(s, C, H: gl.constexpr):
     """C . s of both channels with the C of two of the eight tokens: channel by channel."""
     zero = gl.zeros_like(s[0])
     y = (zero, zero, zero, zero)
     for h in gl.static_range(H):
-        y = _product((s[2 * h], s[2 * H + 2 * h], s[2 * h + 1], s[2 * H + 2 * h + 1]), (C[h], C[H + h]), y)
+        y = product((s[2 * h], s[2 * H + 2 * h], s[2 * h + 1], s[2 * H + 2 * h + 1]), (C[h], C[H + h]), y)
     return y
 
 
 @gluon.jit
 def advance(
-    s, A, at, y, rows, y_row, bias, skip, g, i, inside, tokens,
+    s, A, at, rows, y, y_row, bias, skip, lane, tokens,
     N: gl.constexpr, HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     """The states after `tokens` tokens; the output in y or, without OUTPUT, a lane's share of the sum of dt.
 
-    at: pointers to x, dt, z, B and C of the lane's first token; rows: their strides; y, y_row: the output's.
+    at: pointers to x, dt, z, B, C of the lane's first token; rows: their strides; y, y_row: of its output;
+    lane: g, i, the program's first channel in its group, whether the lane has channels.
     """
     H: gl.constexpr = N // 8
+    g, i, _, inside = lane
     zero = gl.zeros_like(bias[0])
     passed = (zero, zero)
     ahead = _fetch(at, rows, g, i, inside, tokens, H, OUTPUT)
@@ -225,26 +238,26 @@ def advance(
         C = ()
         if OUTPUT:
             for h in gl.static_range(H):
-                C += _unpack(Cs[h], HALF)
+                C += unpack(Cs[h], HALF)
         for half in gl.static_range(2):
-            x = _unpack(xs[half], HALF)
-            dt, u = _inputs(x, _unpack(dts[half], HALF), bias, i + 4 * half < left)
+            x = unpack(xs[half], HALF)
+            dt, u = _inputs(x, unpack(dts[half], HALF), bias, i + 4 * half < left)
             B = ()
             for h in gl.static_range(H // 2):
-                B += _unpack(Bs[half * (H // 2) + h], HALF)
+                B += unpack(Bs[half * (H // 2) + h], HALF)
             out = (zero, zero)
-            for lane in gl.static_range(4):
-                s = _step(s, A, dt, u, B, i, lane, H, EXTRA)
+            for turn in gl.static_range(4):
+                s = _step(s, A, dt, u, B, i, turn, H, EXTRA)
                 if OUTPUT:
-                    read = _read(s, C, H)
-                    mine = i == lane
-                    out = (gl.where(mine, read[half], out[0]), gl.where(mine, read[2 + half], out[1]))
+                    found = read(s, C, H)
+                    mine = i == turn
+                    out = (gl.where(mine, found[half], out[0]), gl.where(mine, found[2 + half], out[1]))
             if OUTPUT:
-                z = _unpack(zs[half], HALF)
-                low = gl.fma(skip[0], x[0], out[0] * RESTORED) * _silu(z[0])
-                high = gl.fma(skip[1], x[1], out[1] * RESTORED) * _silu(z[1])
+                z = unpack(zs[half], HALF)
+                low = gl.fma(skip[0], x[0], out[0] * RESTORED) * silu(z[0])
+                high = gl.fma(skip[1], x[1], out[1] * RESTORED) * silu(z[1])
                 real = inside & (i + 4 * half < left)
-                gl.store((y + 4 * half * y_row).to(WORD), _pack(low, high, HALF), mask=real)
+                gl.store((y + 4 * half * y_row).to(WORD), pack(low, high, HALF), mask=real)
             else:
                 passed = (passed[0] + dt[0], passed[1] + dt[1])
         if OUTPUT:

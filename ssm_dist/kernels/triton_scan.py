@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.gluon_form import choose
 from ssm_dist.kernels.triton_common import LOG2_E, chunk_of_program, exp2, only_if, silu, softplus
 
 BLOCK = 32
@@ -206,7 +207,7 @@ def selective_scan(
     sizes = (x.shape[0], slots.shape[0], x.shape[1])
     gluon = _gluon_form(x.device)
     if gluon and gluon.serves(x, dt, z, B, C):
-        return gluon.scan(*arguments, gluon.choose(*sizes))
+        return gluon.scan(*arguments, choose(*sizes))
     return scan(*arguments, chunk_tokens(*sizes))
 
 

@@ -1,9 +1,11 @@
-"""Check and time every form of the selective scan on one GPU: `python -m tests.gpu.bench_scan results.json`.
+"""Check and time forms of the selective scan on one GPU: `python -m tests.gpu.bench_scan results.json`.
 
 Every form is checked against float64 on some channels, and for equal bits from run to run, in memory filled
 with NaN; then timed by CUDA graphs that rotate over input sets larger than the L2 cache, against mamba-ssm
-where it is installed. `--once 8x8192x5120` runs one form three times, for a profiler. Under two minutes on
-an H200.
+where it is installed. `--seconds` bounds the run: the results are written after each shape, and a second run
+with the same file measures what is missing. `--forms 256,1,1,0,4,128 ...` adds forms (the fields of `Form` in
+their order), `--shapes 8x8192x5120 ...` takes only some. `--once 8x8192x5120` runs one form three times, for
+a profiler.
 """
 
 from __future__ import annotations
@@ -11,30 +13,29 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import subprocess
-import sys
+import os
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssm_dist.kernels import gluon_scan, triton_scan
-from ssm_dist.kernels.gluon_scan import Form
+from ssm_dist.kernels import gluon_form, gluon_scan, triton_scan
+from ssm_dist.kernels.gluon_form import Form
 
-SHAPES = [
-    (8, 8192, 5120), (1, 2048, 5120), (1, 8192, 5120), (1, 32768, 5120), (8, 2048, 5120), (1, 2048, 1280),
-    (1, 8192, 1280), (1, 32768, 1280), (8, 8192, 1280), (8, 8192, 8192), (1, 8192, 2560),
+Shape = tuple[int, int, int]
+SHAPES: list[Shape] = [
+    (8, 8192, 5120), (1, 8192, 5120), (1, 2048, 5120), (8, 8192, 1280), (1, 32768, 1280), (8, 8192, 8192),
+    (1, 32768, 5120), (1, 8192, 1280), (1, 2048, 1280), (8, 2048, 5120), (1, 8192, 2560),
 ]  # fmt: skip
-"""Sequences, tokens of each, channels."""
-MAMBA_SSM = dict(
-    zip(SHAPES, [6.43, 0.197, 0.919, 3.68, 1.45, 0.068, 0.276, 1.11, 1.67, 10.3, None], strict=True)
-)
-"""Its milliseconds as once measured, for where it is not installed."""
-WORKERS = 10
+"""Sequences, tokens of each, channels; the most telling first."""
+WORKERS = 12
 DEVICE = "cuda"
+Run = Callable[..., Tensor]
 
 
 def inputs(
@@ -59,30 +60,29 @@ def inputs(
 
 
 def exact(arguments: list[Any], lengths: list[int], some: Tensor) -> tuple[Tensor, Tensor]:
-    """Output (T, some) and states (S, some, N) of some channels in float64, all sequences side by side."""
+    """Output (T, some) and states (S, some, N) of some channels in float64, by doubling spans of tokens."""
     x, dt, A_log, B, C, skip, z, bias, state, offsets, slots = arguments
     groups = some * B.shape[1] // x.shape[1]
     x, dt, z, A = x[:, some].double(), dt[:, some].double(), z[:, some].double(), -A_log[some].double().exp()
-    step = torch.nn.functional.softplus(dt + bias[some].double(), threshold=1e9)
-    s = state[slots.long()][:, some].double()
-    y = torch.empty_like(x)
-    starts, lasts = offsets[:-1].long(), torch.tensor(lengths, device=DEVICE)
-    live: Any = slice(None)
-    for t in range(max(lengths)):
-        if t >= min(lengths):
-            live = lasts > t
-        rows = starts[live] + t
-        d = step[rows][..., None]
-        s[live] = torch.exp(d * A) * s[live] + d * x[rows][..., None] * B[rows][:, groups].double()
-        y[rows] = (s[live] * C[rows][:, groups].double()).sum(-1)
-    return (y + skip[some].double() * x) * torch.nn.functional.silu(z), s
+    step = torch.nn.functional.softplus(dt + bias[some].double(), threshold=1e9)[..., None]
+    decay, states = torch.exp(step * A), step * x[..., None] * B[:, groups].double()
+    final = state[slots.long()][:, some].double()
+    live = torch.tensor(lengths, device=x.device) > 0
+    begins, ends = offsets[:-1].long()[live], offsets[1:].long()[live]
+    states[begins] += decay[begins] * final[live]
+    decay[begins] = 0
+    span = 1
+    while span < max(lengths):  # a state then holds what `span` tokens brought, and decay is over all of them
+        states[span:] += decay[span:] * states[:-span]
+        decay[span:] = decay[span:] * decay[:-span]
+        span *= 2
+    final[live] = states[ends - 1]
+    y = (states * C[:, groups].double()).sum(-1) + skip[some].double() * x
+    return y * torch.nn.functional.silu(z), final
 
 
 def off(got: Tensor, wanted: Tensor) -> float:
     return ((got.double() - wanted).norm() / wanted.norm()).item()
-
-
-Run = Callable[..., Tensor]
 
 
 def gluon(form: Form) -> Run:
@@ -94,28 +94,39 @@ def plain(chunk: int) -> Run:
 
 
 def name_of(form: Form) -> str:
-    return f"gluon chunk={form.chunk} warps={form.warps} depth={form.depth} extra={form.extra}"
+    fields = ",".join(str(v or 0) for v in dataclasses.astuple(form))
+    return f"gluon {fields}"
 
 
-def forms_for(sequences: int, length: int, channels: int) -> dict[str, Run]:
-    """The chosen form, those that differ from it in one thing, and the plain ones."""
-    chosen = gluon_scan.choose(sequences * length, sequences, channels)
-    chunks = {0, chosen.chunk} | {
-        16 * -(-length // (16 * k)) for k in (3, 4, 5, 6, 7, 8, 9, 12, 16, 24, 32, 48)
-    }
-    if sequences > 1 and channels > 4096:
-        chunks = {0}
-    forms = [chosen]
-    forms += [dataclasses.replace(chosen, chunk=n) for n in sorted(chunks) if n == 0 or n >= 64]
-    forms += [dataclasses.replace(chosen, warps=n) for n in (1, 2, 4)]
-    forms += [dataclasses.replace(chosen, depth=n) for n in (1, 2)]
-    forms += [dataclasses.replace(chosen, extra=n) for n in (0, 1, 2, 3)]
-    forms += [dataclasses.replace(chosen, warps=1, extra=n) for n in (0, 1, 2)]
-    runs = {name_of(form): gluon(form) for form in dict.fromkeys(forms)}
-    plain_chunk = triton_scan.chunk_tokens(sequences * length, sequences, channels)
-    for chunk in {0, plain_chunk}:
-        runs[f"plain chunk={chunk}"] = plain(chunk)
-    return runs
+def parsed(form: str) -> Form:
+    *fields, registers = (int(n) for n in form.split(","))
+    return Form(*fields, registers or None)
+
+
+def chunks_of(length: int, parts: int) -> int:
+    return 16 * -(-length // (16 * parts))
+
+
+def forms_for(shape: Shape) -> list[Form]:
+    """The chosen form, and those beside it: other numbers of chunks, registers and stages."""
+    sequences, length, channels = shape
+    chosen = gluon_form.choose(sequences * length, sequences, channels)
+    forms = [chosen, Form(chosen.chunk, 4, 1 if sequences * channels > 16_000 else 2, 1, 0, None)]
+    variants = [(0, 4, 96), (1, 4, 96), (0, 6, 96), (0, 4, 128)]
+    warps = sequences * -(-channels // 16)
+    if warps > 2000:
+        chunks = [0]
+        variants += [(0, 4, 80), (1, 4, 128), (2, 4, 96)]
+    else:
+        parts = [round(full / warps) for full in (1056, 2112, 3800, 7600)]
+        chunks = [chunks_of(length, n) for n in parts if n > 1]
+        chunks = sorted({n for n in chunks if 64 <= n < length})
+    forms += [Form(chunk, 1, 1, extra, stages, regs) for chunk in chunks for extra, stages, regs in variants]
+    return list(dict.fromkeys(forms))
+
+
+def runs_for(shape: Shape, more: list[Form]) -> dict[str, Run]:
+    return {name_of(form): gluon(form) for form in dict.fromkeys([*forms_for(shape), *more])}
 
 
 def check(run: Run, arguments: list[Any], some: Tensor, wanted: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -139,7 +150,10 @@ def check(run: Run, arguments: list[Any], some: Tensor, wanted: tuple[Tensor, Te
 
 
 def milliseconds(run: Run, sets: list[list[Any]]) -> float:
-    """Median time of a call, from replays of a graph of about 15 ms that rotates over the input sets."""
+    """Median time of a call, from replays of a graph of about 8 ms that rotates over the input sets.
+
+    A scan works on the states of its arguments: they are other ones after this.
+    """
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     run(*sets[0])
     torch.cuda.synchronize()
@@ -147,7 +161,7 @@ def milliseconds(run: Run, sets: list[list[Any]]) -> float:
     run(*sets[-1])
     end.record()
     torch.cuda.synchronize()
-    calls = max(1, min(60, int(15 / max(start.elapsed_time(end), 0.02))))
+    calls = max(1, min(60, int(8 / max(start.elapsed_time(end), 0.02))))
     calls = -(-calls // len(sets)) * len(sets)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -164,171 +178,169 @@ def milliseconds(run: Run, sets: list[list[Any]]) -> float:
     return sorted(times)[2]
 
 
-def mamba_ssm(sequences: int, length: int, channels: int, copies: int) -> float | None:
+def mamba_ssm(shape: Shape, copies: int) -> float | None:
     """Its CUDA scan's time on inputs in its own layout, (sequences, channels, tokens)."""
     try:
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError:
         return None
+    sequences, length, channels = shape
 
     def one() -> list[Any]:
         x, dt, z = torch.randn(3, sequences, channels, length, dtype=torch.bfloat16, device=DEVICE)
         B, C = torch.randn(2, sequences, 1, 16, length, dtype=torch.bfloat16, device=DEVICE)
         A = -torch.arange(1, 17, device=DEVICE).float().repeat(channels, 1)
-        return [
-            x,
-            dt,
-            A,
-            B,
-            C,
-            torch.randn(channels, device=DEVICE),
-            z,
-            torch.randn(channels, device=DEVICE) - 3,
-        ]
+        skip, bias = torch.randn(2, channels, device=DEVICE)
+        return [x, dt, A, B, C, skip, z, bias - 3]
 
-    def run(
-        x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, bias: Tensor
-    ) -> Tensor:
-        return selective_scan_fn(x, dt, A, B, C, D, z, bias, delta_softplus=True, return_last_state=True)[0]
+    def run(*arguments: Tensor) -> Tensor:
+        y: Tensor = selective_scan_fn(*arguments, delta_softplus=True, return_last_state=True)[0]
+        return y
 
     return milliseconds(run, [one() for _ in range(copies)])
 
 
 EDGES: list[tuple[dict[str, Any], list[Form]]] = [
-    ({"channels": 5120}, [Form(), Form(256), Form(256, 1, 2, 2)]),
-    ({"channels": 1284, "groups": 2}, [Form(), Form(112, 2, 2, 0)]),
-    ({"channels": 1280, "dtype": torch.float16}, [Form(), Form(128)]),
-    ({"channels": 256, "states": 32}, [Form(), Form(128)]),
-    ({"channels": 256, "states": 64}, [Form(), Form(128)]),
+    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, 128)]),
+    ({"channels": 1280, "dtype": torch.float16}, [Form(0, 1, 1, 0, 4, 96)]),
 ]
 """Right or wrong, on ragged sequences, without times."""
 
 
-def edge_runs(case: dict[str, Any], forms: list[Form]) -> dict[str, Run]:
-    runs = {name_of(form): gluon(form) for form in forms}
-    if "states" not in case:
-        runs |= {"plain chunk=0": plain(0), "plain chunk=128": plain(128)}
-    return runs
-
-
 def edge_results() -> list[dict[str, Any]]:
-    """Whether ragged batches, groups, half precision and more states come out right."""
+    """Whether ragged batches, groups and half precision come out right."""
     lengths = [1000, 0, 1, 63, 2, 3, 517, 16]
     results = []
     for case, forms in EDGES:
         arguments = inputs(lengths, **case)
         some = torch.arange(0, case["channels"], max(1, case["channels"] // 61), device=DEVICE)
         wanted = exact(arguments, lengths, some)
-        for name, run in edge_runs(case, forms).items():
-            row: dict[str, Any] = {"case": {k: str(v) for k, v in case.items()}, "form": name}
-            try:
-                row |= check(run, arguments, some, wanted)
-            except Exception as error:
-                row |= {"good": False, "error": repr(error)}
-                traceback.print_exc()
+        for form in forms:
+            row: dict[str, Any] = {"shape": {k: str(v) for k, v in case.items()}, "form": name_of(form)}
+            row |= attempt(partial(check, gluon(form), arguments, some, wanted))
             print("edge", row, flush=True)
             results.append(row)
     return results
 
 
-def shape_results(sequences: int, length: int, channels: int, deadline: float) -> list[dict[str, Any]]:
-    """Check, then time, all forms at one shape; the forms still untimed at the deadline are left out."""
+def attempt(measured: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row's results, or that it failed: one broken form must not cost the others their run."""
+    try:
+        return measured()
+    except Exception as error:
+        traceback.print_exc()
+        return {"good": False, "ms": float("inf"), "error": repr(error)[:300]}
+
+
+def measure(run: Run, sets: list[list[Any]], some: Tensor, wanted: tuple[Tensor, Tensor]) -> dict[str, Any]:
+    return check(run, sets[0], some, wanted) | {"ms": milliseconds(run, sets)}
+
+
+def shape_results(shape: Shape, runs: dict[str, Run], deadline: float) -> list[dict[str, Any]]:
+    """Check, then time, these forms at one shape; those still untimed at the deadline are left out."""
+    sequences, length, channels = shape
     size = 2 * 4 * sequences * length * channels
     copies = max(1, min(8, -(-150_000_000 // size)))
     sets = [inputs([length] * sequences, channels) for _ in range(copies)]
+    starts = [arguments[8].clone() for arguments in sets]
     some = torch.tensor([0, 1, 7, 8, 15, 16, 63, channels // 2 + 3, channels - 1], device=DEVICE)
     wanted = exact(sets[0], [length] * sequences, some)
-    floor = 19 * sequences * length * channels / (16 * 132 * 1.98e9) * 1e3
     results: list[dict[str, Any]] = []
-    for name, run in forms_for(sequences, length, channels).items():
+    for name, run in runs.items():
         if time.monotonic() > deadline:
             break
-        row: dict[str, Any] = {"shape": [sequences, length, channels], "form": name}
-        try:
-            row |= check(run, sets[0], some, wanted)
-            row["ms"] = milliseconds(run, sets)
-        except Exception as error:
-            row |= {"good": False, "ms": float("inf"), "error": repr(error)}
-            traceback.print_exc()
-        results.append(row)
-    peer = mamba_ssm(sequences, length, channels, copies)
-    then = MAMBA_SSM[sequences, length, channels]
-    for row in results:
-        row |= {"floor_ms": floor, "mamba_ssm_ms": peer, "mamba_ssm_once_ms": then}
-    print(
-        f"\n{sequences} x {length} x {channels}: floor {floor:.3f} ms, mamba-ssm {peer} (once {then}) ms",
-        flush=True,
-    )
-    for n, row in enumerate(sorted(results, key=lambda row: row["ms"])):
-        chosen = "<- chosen" if row is results[0] else ""
-        if n < 14 or chosen or "plain" in row["form"] or not row["good"]:
-            fine = "ok" if row["good"] else f"WRONG {row}"
-            times = (peer or then or 0) / row["ms"]
-            errors = f"y {row.get('y', 9):.1e} state {row.get('state', 9):.1e}"
-            print(
-                f"  {row['ms']:8.4f} ms {times:5.2f}x  {row['form']:48s} {errors} {fine} {chosen}", flush=True
-            )
-    return results
+        for arguments, start in zip(sets, starts, strict=True):
+            arguments[8].copy_(start)
+        found = attempt(partial(measure, run, sets, some, wanted))
+        results.append({"shape": list(shape), "form": name, **found})
+    peer = mamba_ssm(shape, copies)
+    floor = 19 * sequences * length * channels / (16 * 132 * 1.98e9) * 1e3
+    return [row | {"floor_ms": floor, "mamba_ssm_ms": peer} for row in results]
 
 
-def compile_all(part: int) -> None:
-    """Compile this worker's share of all kernels into Triton's cache on disk."""
+def show(shape: Shape, rows: list[dict[str, Any]]) -> None:
+    """A line for each form, the fastest first, the chosen one marked."""
+    if not rows:
+        return
+    peer = rows[0]["mamba_ssm_ms"]
+    print(f"\n{shape}: floor {rows[0]['floor_ms']:.3f} ms, mamba-ssm {peer} ms", flush=True)
+    chosen = name_of(gluon_form.choose(shape[0] * shape[1], shape[0], shape[2]))
+    for row in sorted(rows, key=lambda row: row["ms"]):
+        errors = f"y {row.get('y', 9):.1e} state {row.get('state', 9):.1e}"
+        marks = ("" if row["good"] else "WRONG ") + ("<- chosen" if row["form"] == chosen else "")
+        print(
+            f"  {row['ms']:8.4f} ms {(peer or 0) / row['ms']:5.2f}x  {row['form']:28s} {errors} {marks}",
+            flush=True,
+        )
+
+
+def compiled(run: Run, case: dict[str, Any]) -> dict[str, Any]:
+    return {"y": run(*inputs([80], **case))}
+
+
+def compile_all(shapes: list[Shape], more: list[Form]) -> None:
+    """All kernels into Triton's cache on disk, by processes that share what this one has imported."""
     todo: dict[str, tuple[Run, dict[str, Any]]] = {}
-    for shape in SHAPES:
-        for name, run in forms_for(*shape).items():
-            kind = name.split("warps")[-1] + str("chunk=0" in name)
-            todo.setdefault(kind, (run, {"channels": shape[2]}))
+    for shape in shapes:
+        for form in [*forms_for(shape), *more]:
+            kind = name_of(dataclasses.replace(form, chunk=min(form.chunk, 1)))
+            todo.setdefault(kind, (gluon(form), {"channels": shape[2]}))
     for case, forms in EDGES:
-        for name, run in edge_runs(case, forms).items():
-            todo[f"{case} {name}"] = (run, case)
-    for run, case in list(todo.values())[part::WORKERS]:
-        run(*inputs([80], **case))
-    torch.cuda.synchronize()
+        for form in forms:
+            todo[f"{case} {name_of(form)}"] = (gluon(form), case)
+    parts = [part for part in (list(todo.values())[k::WORKERS] for k in range(WORKERS)) if part]
+    children = []
+    for part in parts:
+        child = os.fork()
+        if not child:
+            for run, case in part:
+                attempt(partial(compiled, run, case))
+            torch.cuda.synchronize()
+            os._exit(0)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def sized(text: str) -> Shape:
+    sequences, length, channels = (int(n) for n in text.split("x"))
+    return sequences, length, channels
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("results", nargs="?", default="bench_scan.json")
-    parser.add_argument("--once", help="a shape as 8x8192x5120: run its chosen form three times")
-    parser.add_argument("--form", help="chunk,warps,depth,extra for --once")
-    parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=110)
+    began = time.monotonic()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", nargs="?", type=Path, default=Path("bench_scan.json"))
+    parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--shapes", type=sized, nargs="+", default=SHAPES)
+    parser.add_argument("--forms", type=parsed, nargs="+", default=[])
+    parser.add_argument("--once", type=sized)
     options = parser.parse_args()
-    if options.compile is not None:
-        return compile_all(options.compile)
     if options.once:
-        sequences, length, channels = (int(n) for n in options.once.split("x"))
-        form = gluon_scan.choose(sequences * length, sequences, channels)
-        if options.form:
-            form = Form(*(int(n) for n in options.form.split(",")))
+        sequences, length, channels = options.once
+        form = (*options.forms, gluon_form.choose(sequences * length, sequences, channels))[0]
         arguments = inputs([length] * sequences, channels)
         for _ in range(3):
             gluon_scan.scan(*arguments, form)
         return torch.cuda.synchronize()
 
-    began = time.monotonic()
-    print(
-        torch.cuda.get_device_name(),
-        "torch",
-        torch.__version__,
-        "triton",
-        triton_scan.triton.__version__,
-        flush=True,
-    )
-    command = [sys.executable, "-m", "tests.gpu.bench_scan", "--compile"]
-    workers = [subprocess.Popen([*command, str(part)]) for part in range(WORKERS)]
-    print(
-        "compilation:", [worker.wait() for worker in workers], f"{time.monotonic() - began:.1f} s", flush=True
-    )
+    compile_all(options.shapes, options.forms)
+    versions = f"torch {torch.__version__} triton {triton_scan.triton.__version__}"
+    print(torch.cuda.get_device_name(), versions, f"compiled in {time.monotonic() - began:.1f} s", flush=True)
     torch.manual_seed(0)
-    results = []
-    try:
-        results += edge_results()
-        for shape in SHAPES:
-            results += shape_results(*shape, deadline=began + options.seconds)
-    finally:
-        with open(options.results, "w") as file:
-            json.dump(results, file, indent=1)
+    old = json.loads(options.results.read_text()) if options.results.exists() else []
+    results = [*old] if old else edge_results()
+    for shape in options.shapes:
+        known = [row for row in results if row["shape"] == list(shape)]
+        runs = runs_for(shape, options.forms)
+        missing = {name: run for name, run in runs.items() if name not in [row["form"] for row in known]}
+        if missing and time.monotonic() < began + options.seconds:
+            found = shape_results(shape, missing, deadline=began + options.seconds)
+            show(shape, known + found)
+            results += found
+            options.results.write_text(json.dumps(results, indent=1))
     wrong = [row for row in results if not row["good"]]
     print(f"{len(results)} rows, {len(wrong)} wrong, {time.monotonic() - began:.1f} s", flush=True)
 

@@ -19,9 +19,9 @@ pytestmark = [
 MIXED = [1000, 0, 1, 63, 2, 0, 3, 977, 4, 31]
 
 
-def assert_exact(form: tuple[int, ...] | None, lengths: list[int], **shape: int) -> None:
+def assert_exact(form: tuple[int | None, ...] | None, lengths: list[int], **shape: int) -> None:
     """Output within 3e-3 of float64, states within 1e-5, the same bits again, other slots untouched."""
-    from ssm_dist.kernels.gluon_scan import Form
+    from ssm_dist.kernels.gluon_form import Form
     from tests.gpu import bench_scan
 
     arguments = bench_scan.inputs(lengths, **shape)
@@ -37,6 +37,16 @@ def assert_exact(form: tuple[int, ...] | None, lengths: list[int], **shape: int)
 )
 @pytest.mark.parametrize(("channels", "groups"), [(5120, 1), (3584, 2), (1284, 2)])
 def test_forms_of_ragged_batches(form: tuple[int, ...], channels: int, groups: int) -> None:
+    assert_exact(form, MIXED, channels=channels, groups=groups)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [(0, 1, 1, 0, 4, 96), (0, 1, 1, 2, 6, None), (112, 1, 1, 1, 4, 128), (16, 1, 1, 0, 5, 96)],
+    ids=str,
+)
+@pytest.mark.parametrize(("channels", "groups"), [(5120, 1), (3584, 2), (1296, 2)])
+def test_streaming_forms_of_ragged_batches(form: tuple[int | None, ...], channels: int, groups: int) -> None:
     assert_exact(form, MIXED, channels=channels, groups=groups)
 
 

@@ -58,10 +58,12 @@ SCAN = {
     "num_warps": 1,
 }  # fmt: skip
 GLUON = {
-    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "CHUNKED": False, "SECOND": False, "state": "*fp32",
-    "num_warps": 4,
+    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "STAGES": 0, "CHUNKED": False, "SECOND": False,
+    "state": "*fp32", "num_warps": 4,
 }  # fmt: skip
 CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
+STREAM = {**GLUON, "WARPS": 1, "EXTRA": 0, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
+STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "maxnreg": 128}
 
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
@@ -111,6 +113,9 @@ KERNELS: dict[str, Case] = {
     "gluon, no polynomial": Case(gluon_scan.scan_kernel, {**GLUON, "EXTRA": 0}, "", (90,)),
     "gluon, first pass": Case(gluon_scan.scan_kernel, CHUNKED, "", (90,)),
     "gluon, second pass": Case(gluon_scan.scan_kernel, {**CHUNKED, "SECOND": True}, "", (90,)),
+    "gluon, stream": Case(gluon_scan.scan_kernel, STREAM, "", (90,)),
+    "gluon, stream, first pass": Case(gluon_scan.scan_kernel, STREAM_CHUNKED, "", (90,)),
+    "gluon, stream, second pass": Case(gluon_scan.scan_kernel, {**STREAM_CHUNKED, "SECOND": True}, "", (90,)),
     "gluon, 32 states": Case(gluon_scan.scan_kernel, {**GLUON, "N": 32}, "", (90,)),
     "gluon, 64 states": Case(gluon_scan.scan_kernel, {**GLUON, "N": 64}, "", (90,)),
 }
@@ -121,7 +126,7 @@ def compiled(
 ) -> CompiledKernel:
     """As the JIT compiles it for sizes and addresses that divide by 16, but for the unaligned ones."""
     options: dict[str, Any] = {"enable_fp_fusion": True}
-    options |= {k: given[k] for k in ("num_warps", "num_stages") if k in given}
+    options |= {k: given[k] for k in ("num_warps", "num_stages", "maxnreg") if k in given}
     types = {p.name: given.get(p.name, TYPES.get(p.name, "i32")) for p in kernel.params}
     constants = {(p.num,): given[p.name] for p in kernel.params if p.is_constexpr}
     aligned = [

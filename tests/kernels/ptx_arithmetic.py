@@ -125,6 +125,37 @@ def _product(*registers: Lanes) -> tuple[Lanes, ...]:
     return tuple(d[place].reshape(-1) for place in places)
 
 
+def _pair_product(*registers: Lanes) -> tuple[Lanes, ...]:
+    """mma.sync.aligned.m16n8k8 in bfloat16: registers of a (2), b (1) and c (4) to those of a b + c.
+
+    Lane 4 g + i holds, in pairs, a[g, 2 i : 2 i + 2], a[g + 8, 2 i : 2 i + 2] and b[2 i : 2 i + 2, g]; c is
+    as in `_product`, and so is the rounding.
+    """
+    pairs = [
+        np.stack([(r << np.uint32(16)).view(np.float32), (r & np.uint32(0xFFFF0000)).view(np.float32)], -1)
+        for r in registers[:3]
+    ]
+    rows = [p.reshape(-1, 8, 8).astype(np.float64) for p in pairs]
+    d = np.concatenate(rows[:2], axis=1) @ rows[2].transpose(0, 2, 1)
+    places = [np.s_[:, half : half + 8, column::2] for half in (0, 8) for column in (0, 1)]
+    return tuple(
+        (d[place] + c.reshape(-1, 8, 4)).astype(np.float32).reshape(-1)
+        for place, c in zip(places, registers[3:], strict=True)
+    )
+
+
+def _permute(a: Lanes, b: Lanes, selector: Lanes) -> Lanes:
+    """prmt.b32 without its sign mode: each byte of the result by number, of the eight of a and b."""
+    assert not (selector & 0x8888).any()
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for byte in range(4):
+        which = (selector >> np.uint32(4 * byte) & np.uint32(7)).astype(np.uint64)
+        found = (both >> which * np.uint64(8) & np.uint64(0xFF)).astype(np.uint32)
+        result |= found << np.uint32(8 * byte)
+    return result
+
+
 def _halves(a: Lanes) -> tuple[Lanes, Lanes]:
     return a.astype(np.uint16), (a >> 16).astype(np.uint16)
 
@@ -201,4 +232,8 @@ OPERATIONS: dict[str, Operation] = {
     "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32": Operation(
         ("b32",) * 6 + ("f32",) * 4, ("f32",) * 4, _product
     ),
+    "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32": Operation(
+        ("b32",) * 3 + ("f32",) * 4, ("f32",) * 4, _pair_product
+    ),
+    "prmt.b32": Operation(("b32", "b32", "u32"), ("b32",), _permute),
 }  # fmt: skip

@@ -2,8 +2,9 @@
 
 The subset is what Triton emits for kernels whose warps work by themselves, as those of `gluon_scan` do: one
 entry, registers, loads and stores in global memory, branches, shuffles and tensor core products within a warp
-(`ptx_arithmetic` lists the rest). There is no shared memory, no barrier, no atomic, no call and no local
-memory. What is unknown raises `Unsupported` as the PTX is read, before anything runs.
+(`ptx_arithmetic` lists the rest); and for blocks of one warp, asynchronous copies to shared memory and loads
+from there (`ptx_shared`). There is no atomic, no call and no local memory. What is unknown raises
+`Unsupported` as the PTX is read, before anything runs.
 
 Threads of a warp run in lockstep: each instruction is done by all lanes at once, and a branch that lanes
 decide differently is unsupported. Warps of a launch, of all blocks, run together until a branch parts them;
@@ -28,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tests.kernels.ptx_arithmetic import OPERATIONS, TYPES, Lanes, Operation
+from tests.kernels.ptx_shared import Copy, Shared
 
 UNSIGNED = {1: np.bool_, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 """Type of a register's array by its bytes; predicates have one."""
@@ -91,7 +93,13 @@ class Instruction:
     operation: Operation | None
 
 
-MEMORY = re.compile(r"(ld\.param|ld\.global|st\.global)\.([bus](?:16|32|64)|f32)")
+MEMORY = re.compile(r"(ld\.param|ld\.global|st\.global|ld\.shared)\.(?:v[24]\.)?([bus](?:16|32|64)|f32)")
+CONTROL = ("bra", "bra.uni", "ret")
+COPIES = {
+    "cp.async.ca.shared.global": 4, "cp.async.cg.shared.global": 4, "cp.async.commit_group": 0,
+    "cp.async.wait_group": 1, "bar.sync": 1,
+}  # fmt: skip
+"""Numbers of operands of what a block of one warp does with its shared memory."""
 STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.]*)\s*(.*)", re.DOTALL)
 ADDRESS = re.compile(r"\[\s*([%\w]+)\s*(?:\+\s*(-?\d+))?\s*\]")
 
@@ -106,12 +114,13 @@ def _instruction(text: str) -> Instruction:
     if opcode == "mov.b32" and len(operands) == 3:
         name = "mov.b32 unpack" if groups[0].startswith("{") else "mov.b32 pack"
     operation = OPERATIONS.get(name)
-    if operation is None and opcode not in ("bra", "bra.uni", "ret") and not MEMORY.fullmatch(opcode):
+    if operation is None and opcode not in (*CONTROL, *COPIES) and not MEMORY.fullmatch(opcode):
         raise Unsupported(f"instruction {opcode}, in: {text}")
     if operation is not None and len(operands) != len(operation.reads) + len(operation.writes):
         raise Unsupported(f"{opcode} with {len(operands)} operands, in: {text}")
-    if operation is None and opcode not in ("bra", "bra.uni", "ret") and len(operands) != 2:
-        raise Unsupported(f"{opcode} of several elements, in: {text}")
+    several = {"v2": 3, "v4": 5}.get(opcode.split(".")[2] if opcode.startswith("ld.shared.v") else "", 2)
+    if operation is None and opcode not in CONTROL and len(operands) != COPIES.get(opcode, several):
+        raise Unsupported(f"{opcode} of {len(operands)} operands, in: {text}")
     return Instruction(text, found[2] or "", found[1] == "!", opcode, operands, operation)
 
 
@@ -121,6 +130,8 @@ class Warps:
 
     place: int
     registers: dict[str, Lanes]
+    shared: Shared | None
+    """None for blocks of several warps, which may part."""
 
     @property
     def threads(self) -> int:
@@ -128,7 +139,8 @@ class Warps:
 
     def part(self, place: int, threads: Lanes) -> Warps:
         """Those of them with these threads, going on at `place`."""
-        return Warps(place, {name: bits[threads] for name, bits in self.registers.items()})
+        registers = {name: bits[threads] for name, bits in self.registers.items()}
+        return Warps(place, registers, self.shared and self.shared.part(threads))
 
     def read(self, operand: str, kind: str) -> Lanes:
         """A register or a constant as PTX type `kind`."""
@@ -140,6 +152,8 @@ class Warps:
             if bits.dtype.itemsize != size:
                 raise Unsupported(f"register {operand} read as {kind}")
             return bits.view(TYPES[kind])
+        if operand == "global_smem":
+            operand = "0"
         number = int(operand[2:], 16) if operand.startswith("0f") else int(operand.rstrip("U"), 0)
         if kind == "pred":
             return np.full(self.threads, bool(number))
@@ -187,7 +201,8 @@ class Kernel:
         values += [0] * (len(self.parameters) - len(values))
         parameters = dict(zip(self.parameters, values, strict=True))
         thread = np.arange(blocks * self.threads, dtype=np.uint32)
-        waiting = [Warps(0, {"%tid.x": thread % self.threads, "%ctaid.x": thread // np.uint32(self.threads)})]
+        registers = {"%tid.x": thread % self.threads, "%ctaid.x": thread // np.uint32(self.threads)}
+        waiting = [Warps(0, registers, Shared(blocks) if self.threads == WARP else None)]
         with np.errstate(all="ignore"):
             while waiting:
                 warps = waiting.pop()
@@ -213,7 +228,8 @@ class Kernel:
             raise Unsupported(f"lanes of a warp part at: {instruction.text}")
         parted = warps.part(target, taken)
         if parted.threads:
-            warps.registers = warps.part(0, ~taken).registers
+            stayed = warps.part(0, ~taken)
+            warps.registers, warps.shared = stayed.registers, stayed.shared
         return parted
 
 
@@ -227,6 +243,8 @@ def _execute(warps: Warps, instruction: Instruction, parameters: dict[str, int],
         for target, value in zip(targets, result if len(targets) > 1 else (result,), strict=True):
             warps.write(target, value, taking_part)
         return
+    if instruction.opcode in COPIES or instruction.opcode.startswith("ld.shared"):
+        return _share(warps, instruction, memory)
     action, kind = MEMORY.fullmatch(instruction.opcode).groups()  # type: ignore[union-attr]
     size = np.dtype(TYPES[kind]).itemsize
     place = ADDRESS.fullmatch(operands[0 if action == "st.global" else 1])
@@ -245,3 +263,34 @@ def _execute(warps: Warps, instruction: Instruction, parameters: dict[str, int],
     value = np.zeros(warps.threads, UNSIGNED[size])
     value[taking_part] = view[cells]
     warps.write(operands[0], value, taking_part)
+
+
+def _share(warps: Warps, instruction: Instruction, memory: Memory) -> None:
+    """A load from shared memory, or a step of copying there."""
+    shared, operands, name = warps.shared, instruction.operands, instruction.opcode
+    taking_part = warps.guard(instruction)
+    if shared is None or (not taking_part.all() and not name.startswith("cp.async.c")):
+        raise Unsupported(f"shared memory of several warps, or of some lanes: {instruction.text}")
+    if name.startswith("ld.shared"):
+        *targets, place = operands
+        kind = MEMORY.fullmatch(name)[2]  # type: ignore[index]
+        size = np.dtype(TYPES[kind]).itemsize
+        found = shared.load(_addresses(warps, place, "s32"), size * len(targets))
+        for n, target in enumerate(targets):
+            bits = np.ascontiguousarray(found[:, n * size : (n + 1) * size]).view(UNSIGNED[size])[:, 0]
+            warps.write(target, bits, taking_part)
+    elif name == "cp.async.commit_group":
+        shared.commit()
+    elif name == "cp.async.wait_group":
+        shared.wait(int(operands[0]), memory.bytes, memory.given)
+    elif name != "bar.sync":
+        target, source = _addresses(warps, operands[0], "s32"), _addresses(warps, operands[1], "s64")
+        given = warps.read(operands[3], "u32").astype(np.int64)
+        shared.latest.append(Copy(target, source, int(operands[2], 0), given, taking_part))
+
+
+def _addresses(warps: Warps, operand: str, kind: str) -> Lanes:
+    place = ADDRESS.fullmatch(operand)
+    if place is None:
+        raise Unsupported(operand)
+    return warps.read(place[1], kind).astype(np.int64) + int(place[2] or 0)

@@ -33,6 +33,9 @@ REGISTERS = {
     ("gluon, no polynomial", 90): 104,
     ("gluon, first pass", 90): 136,
     ("gluon, second pass", 90): 136,
+    ("gluon, stream", 90): 96,
+    ("gluon, stream, first pass", 90): 128,
+    ("gluon, stream, second pass", 90): 128,
     ("gluon, 32 states", 90): 152,
     ("gluon, 64 states", 90): 200,
 }  # fmt: skip

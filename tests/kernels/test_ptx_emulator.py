@@ -1,7 +1,10 @@
 """The PTX emulator itself, on programs of a few lines."""
 
+from typing import Any
+
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tests.kernels.ptx_arithmetic import OPERATIONS, to_bfloat16
@@ -65,7 +68,8 @@ def test_stray_addresses_raise(a: Tensor, offset: int, said: str) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["bar.sync 0;", "sin.approx.f32 %r2, %r1;", "add.rz.f32 %r2, %r1, %r1;", "st.shared.b32 [ %r1 ], %r1;",
+    ["bar.arrive 0, 32;", "sin.approx.f32 %r2, %r1;", "add.rz.f32 %r2, %r1, %r1;",
+     "st.shared.b32 [ %r1 ], %r1;",
      "ld.global.v2.b32 { %r2, %r3 }, [ %rd2 ];", "ld.global.b32 { %r2, %r3 }, [ %rd2 ];"],
 )  # fmt: skip
 def test_what_is_unknown_raises_before_anything_runs(line: str) -> None:
@@ -99,6 +103,66 @@ def test_a_product_of_the_tensor_cores() -> None:
     found = operation.function(*bits, *(part.numpy() for part in spread(c)))
     for part, expected in zip(found, spread(a @ b + c), strict=True):
         assert part.tolist() == expected.tolist()
+
+
+def test_a_product_of_bfloat16_pairs() -> None:
+    """From the manual's figures: two neighbouring columns of a, or rows of b, in each register."""
+    a, b, c = (torch.randint(-9, 9, size).float() for size in ((16, 8), (8, 8), (16, 8)))
+    group, i = torch.arange(32) // 4, torch.arange(32) % 4
+
+    def paired(low: Tensor, high: Tensor) -> NDArray[Any]:
+        return torch.stack([low, high], 1).bfloat16().view(torch.int32)[:, 0].numpy().view("uint32")
+
+    factors = [
+        paired(a[group, 2 * i], a[group, 2 * i + 1]),
+        paired(a[group + 8, 2 * i], a[group + 8, 2 * i + 1]),
+        paired(b[2 * i, group], b[2 * i + 1, group]),
+    ]
+
+    def spread(d: Tensor) -> list[Tensor]:
+        return [d[group, 2 * i], d[group, 2 * i + 1], d[group + 8, 2 * i], d[group + 8, 2 * i + 1]]
+
+    operation = OPERATIONS["mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32"]
+    found = operation.function(*factors, *(part.numpy() for part in spread(c)))
+    for part, expected in zip(found, spread(a @ b + c), strict=True):
+        assert part.tolist() == expected.tolist()
+
+
+def test_bytes_are_picked_by_number() -> None:
+    a, b = (torch.tensor([v], dtype=torch.int64).numpy().astype("uint32") for v in (0x33221100, 0x77665544))
+    selector = torch.tensor([0x7610], dtype=torch.int64).numpy().astype("uint32")
+    assert OPERATIONS["prmt.b32"].function(a, b, selector).tolist() == [0x77661100]
+
+
+COPY = """
+        shl.b32 %r2, %r1, 2;
+        mov.b32 %r3, {given};
+        cp.async.ca.shared.global [ %r2 + 0 ], [ %rd2 + 0 ], 0x4, %r3;
+        cp.async.commit_group;
+        cp.async.wait_group {pending};
+        bar.sync 0;
+        ld.shared.b32 %r4, [%r2];
+        st.global.b32 [ %rd2 + 128 ], {{ %r4 }};"""
+
+
+def test_copies_land_when_they_are_waited_for_and_not_before() -> None:
+    a = torch.arange(64, dtype=torch.int32)
+    kernel(COPY.format(given=4, pending=0)).launch(1, [a])
+    assert torch.equal(a[32:], a[:32])
+    with pytest.raises(IndexError, match="before it is written"):
+        kernel(COPY.format(given=4, pending=1)).launch(1, [a])
+
+
+def test_a_copy_of_nothing_reads_nothing_and_writes_zeros() -> None:
+    a = torch.arange(64, dtype=torch.int32)
+    body = "mov.b64 %rd2, 0;" + COPY.format(given=0, pending=0).replace("[ %rd2 + 128 ]", "[ %rd4 + 128 ]")
+    kernel("mad.wide.s32 %rd4, %r1, 4, %rd1;" + body).launch(1, [a])
+    assert not a[32:].any()
+
+
+def test_shared_memory_is_for_blocks_of_one_warp() -> None:
+    with pytest.raises(Unsupported, match="several warps"):
+        kernel(COPY.format(given=4, pending=0), threads=64).launch(1, [torch.zeros(96)])
 
 
 def test_shuffles_stay_in_their_quad() -> None:

@@ -27,8 +27,10 @@ pytestmark = pytest.mark.skipif(
 
 STATE = 8
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.int32: "*i32"}
-ERROR = {torch.bfloat16: 1.9e-3, torch.float16: 3.2e-4, torch.float32: 1e-6}
-"""Of a tensor, against its norm. Rounding alone: 1.7e-3 in bfloat16, 2.0e-4 in float16; tf32 adds 1.6e-4."""
+ERROR = {torch.bfloat16: 2**-9 + 1.6e-4, torch.float16: 3.2e-4, torch.float32: 1e-6}
+"""Of a tensor, against its norm: rounding, 2^-9 at most in bfloat16, 2e-4 in float16; tf32 adds 1.6e-4."""
+STREAMED = 6e-6
+"""Of a float32 state, where dt x of bfloat16 enters in two parts: 2.5e-6 of it is lost on average."""
 
 Compiler = Callable[[str], Kernel]
 
@@ -95,10 +97,12 @@ def emulated(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def scan(form: tuple[int, ...], inputs: list[Any]) -> Tensor:
-    """In a form (chunk, warps, depth, extra)."""
+    """In a form (chunk, warps, depth, extra, stages)."""
     from ssm_dist.kernels import gluon_scan
 
-    assert gluon_scan.serves(inputs[0], inputs[1], inputs[6], inputs[3], inputs[4])
+    read = (inputs[0], inputs[1], inputs[6], inputs[3], inputs[4])
+    assert gluon_scan.serves(*read)
+    assert len(form) < 5 or gluon_scan.streams(*read)
     return gluon_scan.scan(*[*inputs, gluon_scan.Form(*form)])
 
 
@@ -116,7 +120,8 @@ def assert_exact(
     y = scan(form, inputs)
     assert y.dtype == dtype and inputs[STATE][unnamed].isnan().all()
     assert error(y, expected) < ERROR[dtype]
-    assert error(inputs[STATE][named], expected_state[named]) < ERROR[state_dtype]
+    most = STREAMED if len(form) == 5 and state_dtype == torch.float32 else ERROR[state_dtype]
+    assert error(inputs[STATE][named], expected_state[named]) < most
 
 
 def test_whole_sequences_as_they_are_served() -> None:
@@ -133,6 +138,20 @@ def test_half_precision_two_loads_ahead_at_odd_strides() -> None:
 def test_chunks_in_two_passes(lengths: list[int]) -> None:
     """Sequences that end before, on and after a chunk; and one of more chunks than are folded at once."""
     assert_exact((16, 1, 1, 1), lengths, channels=20, state_dtype=torch.bfloat16)
+
+
+def test_streamed_sequences_that_end_within_a_tile() -> None:
+    assert_exact((0, 1, 1, 0, 4), [13, 0, 1, 8, 2, 40], channels=160, groups=2)
+
+
+def test_streamed_half_precision_with_the_polynomial() -> None:
+    half = torch.float16
+    assert_exact((0, 1, 1, 1, 4), [17, 1, 0, 9], channels=48, groups=2, dtype=half, state_dtype=half)
+
+
+@pytest.mark.parametrize("lengths", [[16, 17, 0, 1, 15, 33, 32, 7], [170]], ids=str)
+def test_streamed_chunks_in_two_passes(lengths: list[int]) -> None:
+    assert_exact((16, 1, 1, 0, 4), lengths, channels=24)
 
 
 def test_32_states() -> None:
@@ -163,9 +182,12 @@ def test_every_type(chunk: int, dtype: torch.dtype, state_dtype: torch.dtype) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "form", [(0, 4, 1, 1), (0, 1, 2, 0), (112, 2, 2, 2), (256, 4, 1, 1), (16, 1, 1, 3)], ids=str
-)
-@pytest.mark.parametrize(("channels", "groups"), [(128, 1), (96, 3), (68, 2)])
+    "form",
+    [(0, 4, 1, 1), (0, 1, 2, 0), (112, 2, 2, 2), (256, 4, 1, 1), (16, 1, 1, 3), (0, 1, 1, 0, 4),
+     (112, 1, 1, 1, 5)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(("channels", "groups"), [(128, 1), (96, 3), (80, 2)])
 def test_every_form(form: tuple[int, ...], channels: int, groups: int) -> None:
     assert_exact(form, [300, 0, 1, 63, 2, 0, 3, 277, 4, 31], channels=channels, groups=groups)
 
@@ -181,3 +203,4 @@ def test_every_size_of_state(form: tuple[int, ...], states: int) -> None:
 def test_errors_do_not_grow_over_a_thousand_tokens() -> None:
     assert_exact((0, 1, 1, 1), [1000], channels=16)
     assert_exact((112, 1, 1, 2), [1000], channels=16)
+    assert_exact((0, 1, 1, 0, 4), [1000], channels=16)
