@@ -32,6 +32,7 @@ def replica(index: int, options: argparse.Namespace, together: Any, answers: Con
     import torch
 
     from ssm_dist import LLM, Config
+    from ssm_dist.benchmark.breakdown import WARMUP
     from ssm_dist.benchmark.cases import Case
     from ssm_dist.benchmark.program import engine_of, named, new_document
     from ssm_dist.benchmark.timing import time_case
@@ -52,7 +53,7 @@ def replica(index: int, options: argparse.Namespace, together: Any, answers: Con
     llm = LLM.from_config(config)
     told = named(config) | engine_of(llm)
     rows = [
-        told | asdict(case) | time_case(llm, share, options.repeats, 1, None, together.wait)
+        told | asdict(case) | time_case(llm, share, options.repeats, WARMUP, None, together.wait)
         for case, share in zip(cases, shares, strict=True)
     ]
     answers.send((new_document(config, llm.loaded.device, None), rows))

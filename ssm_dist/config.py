@@ -176,8 +176,8 @@ class BenchmarkConfig(Section):
     repeats: int = Field(3, strict=True, ge=1)
     """Measured runs of a case; medians are reported."""
 
-    warmup: int = Field(1, strict=True, ge=0)
-    """Runs of a case before those."""
+    warmup: int = Field(2, strict=True, ge=0)
+    """Runs of a case before those; a prompt's step is captured when its shape comes for the second time."""
 
     breakdown: bool = True
     """Profile every case once more after all are timed: launches, time in kernels and in reductions."""

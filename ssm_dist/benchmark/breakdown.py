@@ -5,8 +5,10 @@ neither prefill nor the order in which the engine reads its results matters; mod
 alike after any prompt, so theirs follows a short one.
 
 On a GPU, a kernel counts as a reduction by its name (NCCL's and our own over shared memory; the norm that
-some of them include, and the wait for slower ranks, are part of it). Profiled steps are slower than others,
-kernels in captured graphs above all, so kernel times are an upper bound, and their shares are what to read.
+some of them include, and the wait for slower ranks, are part of it). While several kernels run at a time, as
+under dependent launch, where one starts early and waits, the time is of the one that began first: a kernel's
+time is what it adds. Profiled steps are slower than others, kernels in captured graphs above all, so kernel
+times are an upper bound, and their shares are what to read.
 On a CPU the profiler tells the time in the reduction ops, waiting included, and nothing of kernels.
 """
 
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +28,11 @@ from ssm_dist.benchmark.cases import Case
 from ssm_dist.benchmark.timing import run_case
 from ssm_dist.llm import LLM
 
-REDUCTION_KERNELS = ("nccl", "push_sum", "bulk_kernel", "_encode_kernel", "_sum_kernel", "_decode_kernel")
-"""Parts of the names of kernels that reduce between ranks, the exchange's codecs among them."""
+REDUCTION_KERNELS = (
+    "ncclDevKernel_AllReduce", "ncclDevKernel_AllGather", "ncclDevKernel_ReduceScatter",
+    "ncclDevKernel_SendRecv", "_push_sum", "bulk_kernel", "_encode_kernel", "_sum_kernel", "_decode_kernel",
+)  # fmt: skip
+"""How the names of kernels begin that reduce between ranks, the exchange's codecs among them."""
 REDUCTION_OPS = "ssm_dist::tp_"
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
 """How the names of calls begin that start a kernel or a graph."""
@@ -36,6 +41,8 @@ SHORT = 16
 """Tokens of the prompts before a decode step of a model without attention."""
 FEW, STEPS = 3, 4
 """New tokens of the shorter run, and how many more the longer one has."""
+WARMUP = 2
+"""Runs before those: a prompt's step is captured when its shape comes for the second time."""
 LONGEST = 8
 """Kernels that are named."""
 TRACED_TOKENS = 8
@@ -49,9 +56,7 @@ class Tally:
     """By kernel or copy; on a CPU by reduction op."""
     count: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     launches: int | None = None
-    """By the host, a captured graph counting once; None on a CPU, as for the next."""
-    busy: float | None = None
-    """Seconds in which at least one kernel or copy ran."""
+    """By the host, a captured graph counting once; None on a CPU, where there are no kernels either."""
 
     def minus(self, other: Tally, steps: int) -> Tally:
         """The difference, a step."""
@@ -62,17 +67,17 @@ class Tally:
             defaultdict(float, {name: seconds[name] for name in kept}),
             defaultdict(float, {name: count[name] for name in kept}),
             None if self.launches is None else round((self.launches - (other.launches or 0)) / steps),
-            None if self.busy is None else (self.busy - (other.busy or 0.0)) / steps,
         )
 
     def told(self) -> dict[str, Any]:
         """For the report; times in milliseconds."""
         reductions = sum(s for name, s in self.seconds.items() if is_reduction(name))
+        gpu = self.launches is not None
         longest = sorted(self.seconds, key=lambda name: -self.seconds[name])[:LONGEST]
         return {
-            "kernels": None if self.busy is None else round(sum(self.count.values())),
+            "kernels": round(sum(self.count.values())) if gpu else None,
             "launches": self.launches,
-            "busy_ms": None if self.busy is None else round(1e3 * self.busy, 4),
+            "busy_ms": round(1e3 * sum(self.seconds.values()), 4) if gpu else None,
             "reduction_ms": round(1e3 * reductions, 4),
             "longest": [
                 {"name": name[:80], "count": self.count[name], "ms": round(1e3 * self.seconds[name], 4)}
@@ -83,7 +88,7 @@ class Tally:
 
 def is_reduction(name: str) -> bool:
     """Whether a kernel, or an op, adds up what ranks have."""
-    return name.startswith(REDUCTION_OPS) or any(part in name.lower() for part in REDUCTION_KERNELS)
+    return name.startswith((REDUCTION_OPS, *REDUCTION_KERNELS))
 
 
 def break_down(llm: LLM, case: Case, barrier: Callable[[], None]) -> dict[str, Any]:
@@ -91,7 +96,8 @@ def break_down(llm: LLM, case: Case, barrier: Callable[[], None]) -> dict[str, A
     parts = {"prefill_breakdown": _profiled(llm, case, 1, barrier).told()}
     if case.new_tokens > 1:
         short = Case(case.batch, case.prompt_tokens if llm.cache.paged else SHORT, FEW + STEPS)
-        run_case(llm, short, FEW, barrier)  # captures its prefill, where that is new
+        for _ in range(WARMUP):
+            run_case(llm, short, FEW, barrier)
         few, more = (_profiled(llm, short, n, barrier) for n in (FEW, FEW + STEPS))
         parts["decode_breakdown"] = more.minus(few, STEPS).told()
     return parts
@@ -110,7 +116,9 @@ def _profiled(llm: LLM, case: Case, new_tokens: int, barrier: Callable[[], None]
     gpu = llm.loaded.device.type == "cuda"
     with _profiler(llm, with_host=not gpu) as found:
         run_case(llm, case, new_tokens, barrier)
-    return _tally_of_gpu(found.events()) if gpu else _tally_of_ops(found.events())
+    if not gpu:
+        return _tally_of_ops(found.events())
+    return tally_of_gpu(found.events(), after_barrier=llm.loaded.tp is not None)
 
 
 def _profiler(llm: LLM, *, with_host: bool) -> profile:
@@ -119,21 +127,35 @@ def _profiler(llm: LLM, *, with_host: bool) -> profile:
         # tearing the tracer down between captured graphs breaks their next replay on some drivers
         os.environ |= {"DISABLE_CUPTI_LAZY_REINIT": "1", "TEARDOWN_CUPTI": "0"}
     activities = [ProfilerActivity.CUDA] if gpu else []
-    return profile(activities=activities + ([ProfilerActivity.CPU] if with_host else []))
+    return profile(activities=activities + ([ProfilerActivity.CPU] if with_host else []), acc_events=True)
 
 
-def _tally_of_gpu(events: Iterable[Any]) -> Tally:
+def tally_of_gpu(events: Iterable[Any], *, after_barrier: bool) -> Tally:
+    """Of the profiler's events; if asked after NCCL's first kernel, which is the barrier before a run."""
     tally, spans, launches = Tally(), [], 0
     for event in events:
         if event.device_type != DeviceType.CUDA:
             launches += event.name.startswith(LAUNCHES)
         elif not event.is_user_annotation:
-            begin, end = event.time_range.start, event.time_range.end
-            spans.append((begin, end))
-            tally.seconds[event.name] += (end - begin) / 1e6
-            tally.count[event.name] += 1
-    tally.launches, tally.busy = launches, covered(spans) / 1e6
+            spans.append((event.time_range.start, event.time_range.end, event.name))
+    spans.sort()
+    names = [name for _, _, name in spans]
+    barrier = (
+        next((i for i, name in enumerate(names) if name.startswith("nccl")), -1) if after_barrier else -1
+    )
+    for name, microseconds in own_times(spans[barrier + 1 :]):
+        tally.seconds[name] += microseconds / 1e6
+        tally.count[name] += 1
+    tally.launches = launches
     return tally
+
+
+def own_times(spans: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
+    """Of (begin, end, name) in order: what each adds to the time in which any of them runs."""
+    reached = float("-inf")
+    for begin, end, name in spans:
+        yield name, max(0.0, end - max(begin, reached))
+        reached = max(reached, end)
 
 
 def _tally_of_ops(events: Iterable[Any]) -> Tally:
@@ -143,12 +165,3 @@ def _tally_of_ops(events: Iterable[Any]) -> Tally:
             tally.seconds[event.name] += event.cpu_time_total / 1e6
             tally.count[event.name] += 1
     return tally
-
-
-def covered(spans: list[tuple[float, float]]) -> float:
-    """Length of the union of spans, each (begin, end)."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(spans):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total

@@ -48,7 +48,9 @@ def run_benchmark(config: Config, save: Callable[[Document], None] = lambda docu
     if grid.profile is not None and not grid.profile.parent.is_dir():
         raise UserError(f"[benchmark] profile: there is no folder {grid.profile.parent}")
     if config.cache.prefix_device_bytes:
-        raise UserError("a benchmark repeats its prompts: set cache.prefix_device_bytes = 0, or it reads none")
+        raise UserError(
+            "a benchmark repeats its prompts, and must read them: set cache.prefix_device_bytes = 0"
+        )
     ranks = init_ranks(config.parallel.tensor, device_type())
     rates = ceilings_of(ranks.device)
     document = new_document(config, ranks.device, rates)

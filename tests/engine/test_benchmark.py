@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 
 from ssm_dist import Config, UserError
-from ssm_dist.benchmark.breakdown import Tally, covered, is_reduction
+from ssm_dist.benchmark.breakdown import Tally, is_reduction, own_times, tally_of_gpu
 from ssm_dist.benchmark.cases import Case, cases_of, parse_case
 from ssm_dist.benchmark.floors import decode_bytes, flop_a_token
 from ssm_dist.benchmark.page import page
@@ -157,7 +158,7 @@ def test_a_trace_shows_the_prefill_and_decode_steps(tmp_path):
 
 
 def test_a_step_is_the_difference_of_two_runs():
-    short, long = Tally(launches=10, busy=3.0), Tally(launches=18, busy=5.0)
+    short, long = Tally(launches=10), Tally(launches=18)
     for tally, count, seconds in ((short, 2, 0.5), (long, 10, 2.5)):
         tally.count |= {"gemm": count, "only in prefill": 7}
         tally.seconds |= {"gemm": seconds, "only in prefill": 1.0}
@@ -166,12 +167,33 @@ def test_a_step_is_the_difference_of_two_runs():
     assert told["longest"] == [{"name": "gemm", "count": 2.0, "ms": 500.0}]
 
 
-def test_time_covered_by_overlapping_kernels_counts_once():
-    assert covered([(5, 6), (0, 2), (1, 3), (1, 2)]) == 4 and covered([]) == 0
+def test_a_kernel_has_the_time_that_it_adds():
+    # the second starts early under dependent launch, and waits for the first; the third runs beside it
+    spans = [(0.0, 2.0, "gemm"), (0.5, 3.0, "scan"), (1.0, 2.5, "copy"), (5.0, 6.0, "gemm")]
+    assert list(own_times(spans)) == [("gemm", 2.0), ("scan", 1.0), ("copy", 0.0), ("gemm", 1.0)]
+
+
+def test_what_the_profiler_saw_before_the_ranks_set_out_does_not_count():
+    def event(device: DeviceType, name: str, start: float, end: float) -> Any:
+        time_range = SimpleNamespace(start=start, end=end)
+        return SimpleNamespace(device_type=device, name=name, time_range=time_range, is_user_annotation=False)
+
+    gpu, host = DeviceType.CUDA, DeviceType.CPU
+    events = [
+        event(gpu, "fill", 0, 1), event(gpu, "ncclDevKernel_AllReduce_Sum_f32", 1, 900),
+        event(gpu, "gemm", 1000, 1010), event(gpu, "ncclDevKernel_AllReduce_Sum_bf16", 1010, 1014),
+        event(host, "cudaLaunchKernelExC", 990, 991), event(host, "cudaGraphLaunch", 991, 992),
+        event(host, "cudaStreamSynchronize", 992, 993),
+    ]  # fmt: skip
+    told = tally_of_gpu(reversed(events), after_barrier=True).told()
+    assert (told["kernels"], told["launches"]) == (2, 2)
+    assert (told["busy_ms"], told["reduction_ms"]) == (0.014, 0.004)
+    alone = tally_of_gpu(events[2:3], after_barrier=False).told()
+    assert (alone["kernels"], alone["busy_ms"], alone["reduction_ms"]) == (1, 0.01, 0.0)
 
 
 def test_reductions_are_known_by_their_kernels_names():
-    for name in ("ncclDevKernel_AllReduce_Sum_bf16", "_push_sum_kernel", "bulk_kernel"):
+    for name in ("ncclDevKernel_AllReduce_Sum_bf16", "_push_sum_kernel", "bulk_kernel", "ssm_dist::tp_x"):
         assert is_reduction(name)
-    for name in ("_add_rms_norm_kernel", "sm90_xmma_gemm_bf16", "ssm_dist::selective_scan"):
+    for name in ("_add_rms_norm_kernel", "nvjet_gemm", "ncclDevKernel_Broadcast", "ssm_dist::scan"):
         assert not is_reduction(name)
