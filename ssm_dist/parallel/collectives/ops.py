@@ -101,12 +101,19 @@ def tp_all_reduce_add_rms_norm_split(
 
 
 def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
-    """Whether it pays to keep the residual stream split: where long messages go over shared memory."""
+    """Whether it pays to keep the residual stream split, by rows.
+
+    With a codec in two shots it does: the stream then takes up the first rounding alone, as the second is of
+    the normed rows. So it does for exact sums where long messages go over shared memory.
+    """
     ranks = group_named(group)
-    if ranks.memory is None or len(partial) < ranks.size:
+    if ranks.size == 1 or len(partial) < ranks.size:
         return False
     chosen = choose(ranks, partial, codec, group_size, algorithm, with_norm=True)
-    return chosen == "bulk" and ranks.memory.fits_in_one_block(partial, codec, group_size)
+    if chosen != "bulk":
+        return chosen == "exchange" and codec != "none"
+    assert ranks.memory is not None
+    return ranks.memory.fits_in_one_block(partial, codec, group_size)
 
 
 def _reduced(x: Tensor, group: Group, codec: str, group_size: int, algorithm: str, name: str) -> Tensor:
