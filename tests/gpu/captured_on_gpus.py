@@ -13,6 +13,7 @@ LONGEST = 1000
 PROMPTS: list[Any] = [[1 + (7 * i + j) % 50 for j in range(1 + 5 * i % 43)] for i in range(16)]
 LENGTHS = [LONGEST, 3, 40, 1, 17, 64, 120, 2, 33, 250, 5, 90, 11, 7, 300, 21]
 EVEN: list[Any] = PROMPTS[1:5]
+EVEN_PARAMS = SamplingParams(max_new_tokens=50, ignore_eos=True, logprobs=0)
 
 
 @dataclass(frozen=True)
@@ -32,34 +33,38 @@ class Outcome:
     how: str
 
 
-def outcomes(folders: dict[str, Path], modes: dict[str, list[str]]) -> dict[str, Outcome]:
-    """All checks of every model; the modes besides "capture" and "none" are tried on the even requests."""
-    return {name: _outcome(folder, modes.get(name, [])) for name, folder in folders.items()}
+def outcomes(folders: dict[str, Path]) -> dict[str, Outcome]:
+    """All checks of every model."""
+    return {name: _outcome(folder) for name, folder in folders.items()}
 
 
-def _outcome(folder: Path, modes: list[str]) -> Outcome:
+def even_answers(folder: Path, mode: str) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and log-probabilities of four requests of the same length."""
+    return _even_answers(_load(folder, mode))
+
+
+def _even_answers(llm: LLM) -> tuple[list[list[int]], list[list[float]]]:
+    completions = llm.generate(EVEN, EVEN_PARAMS)
+    return [c.token_ids for c in completions], [c.logprobs for c in completions]
+
+
+def _outcome(folder: Path) -> Outcome:
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True, logprobs=0) for n in LENGTHS]
-    even = SamplingParams(max_new_tokens=50, ignore_eos=True, logprobs=0)
-    by_mode = {}
-    for mode in ["none", *modes]:
-        completions = _load(folder, mode).generate(EVEN, even)
-        by_mode[mode] = ([c.token_ids for c in completions], [c.logprobs for c in completions])
     llm = _load(folder, "capture")
-    completions = llm.generate(EVEN, even)
-    by_mode["capture"] = ([c.token_ids for c in completions], [c.logprobs for c in completions])
+    even = {"capture": _even_answers(llm), "none": even_answers(folder, "none")}
     answered = llm.generate(PROMPTS, params)
     texts: list[Any] = [c.prompt_token_ids + c.token_ids for c in answered]
     scores = [s.log_probs[-len(c.token_ids) :] for s, c in zip(llm.score(texts), answered, strict=True)]
 
     def all_at_once(session: Session) -> list[list[int]]:
-        streams = [session.submit(prompt, even) for prompt in EVEN]
+        streams = [session.submit(prompt, EVEN_PARAMS) for prompt in EVEN]
         return [stream.result().token_ids for stream in streams]
 
     return Outcome(
         [c.token_ids for c in answered],
         [c.logprobs for c in answered],
         scores,
-        by_mode,
+        even,
         llm.serve(all_at_once),
         llm.engine.how,
     )
