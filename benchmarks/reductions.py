@@ -33,7 +33,8 @@ from reductions_report import markdown, one_line, table_of_rows
 from reductions_ways import WAYS, Run, fused_run, normalised, plain_run, small_run
 from torch import Tensor
 
-from ssm_dist.kernels import add_rms_norm, backend
+from ssm_dist.kernels import backend
+from ssm_dist.kernels.norm import add_rms_norm_reference
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import Reductions, carrier, wait_for_device
 from ssm_dist.parallel.collectives.tables import table_to_json
@@ -192,7 +193,7 @@ def fused(bench: Bench, widths: tuple[int, ...], tokens: tuple[int, ...]) -> Non
             weight = torch.ones(width, device=bench.device, dtype=torch.bfloat16)
             bench.case(
                 "fused", (rows, width), fused_run(residual, weight),
-                lambda whole, r=residual, w=weight: add_rms_norm(whole, r, w, 1e-5)[0].float(),
+                lambda whole, r=residual, w=weight: add_rms_norm_reference(whole, r, w.float(), 1e-5)[0],
             )  # fmt: skip
 
 
