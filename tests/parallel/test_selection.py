@@ -21,7 +21,7 @@ def group(
     """A group whose shared memory, if it has one, can serve `fits`."""
     memory: Any = None
     if fits is not None:
-        memory = mock.Mock(fits=lambda algorithm, *_: algorithm in fits)
+        memory = mock.Mock(fits=lambda algorithm, *_: algorithm in fits, fits_in_one_block=lambda *_: True)
     return Group("g", mock.Mock(), 0, ranks, backend, 1.0, memory=memory)
 
 
@@ -82,6 +82,24 @@ def test_it_says_so_in_one_line_whatever_the_shapes(
         "reductions: all_reduce serves where one_shot cannot, as for (1, 2560) of torch.bfloat16, "
         "since the ranks share no memory"
     ]
+
+
+@pytest.mark.parametrize(
+    ("fits", "codec", "rows", "expected"),
+    [
+        (("one_shot", "bulk"), "none", 4000, True),  # bulk
+        (("one_shot", "bulk"), "none", 4, False),  # one_shot
+        (None, "none", 4000, False),  # NCCL's own sum is whole on every rank
+        (None, "int8", 4000, True),  # exchange
+        (None, "int8", 4, False),  # all_reduce
+        (("one_shot", "bulk"), "int8", 1, False),  # fewer rows than ranks
+    ],
+)
+def test_the_stream_is_split_where_two_shots_serve(
+    fits: tuple[str, ...] | None, codec: str, rows: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "group_named", lambda name: group(2, "nccl", fits))
+    assert ops.splits_residual(message(5120 * rows), "g", codec, 128, "auto") is expected
 
 
 def test_integers_and_float64_are_summed_as_they_are() -> None:
