@@ -1,8 +1,8 @@
 """Where the time of a case goes, from the profiler: kernels, launches, reductions.
 
-Prefill is profiled whole. A decode step is the difference between two profiled runs of unlike length, so that
-neither prefill nor the order in which the engine reads its results matters; models without attention decode
-alike after any prompt, so theirs follows a short one.
+Prefill is profiled whole. Decode is profiled in two runs of unlike length: the longer one's last steps are as
+many kernels as it has more. Models without attention decode alike after any prompt, so theirs is a short one;
+others have the case's own, or as much of it as lets one step read all prompts, so that all decode together.
 
 On a GPU, a kernel counts as a reduction by its name (NCCL's and our own over shared memory; the norm that
 some of them include, and the wait for slower ranks, are part of it). While several kernels run at a time, as
@@ -15,9 +15,9 @@ On a CPU the profiler tells the time in the reduction ops, waiting included, and
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from ssm_dist.benchmark.cases import Case
-from ssm_dist.benchmark.timing import run_case
+from ssm_dist.benchmark.timing import require_room, run_case
+from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 
 REDUCTION_KERNELS = (
@@ -38,8 +39,8 @@ LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
 """How the names of calls begin that start a kernel or a graph."""
 
 SHORT = 16
-"""Tokens of the prompts before a decode step of a model without attention."""
-FEW, STEPS = 3, 4
+"""Tokens of the prompts before the decode steps of a model without attention."""
+FEW, STEPS = 3, 8
 """New tokens of the shorter run, and how many more the longer one has."""
 WARMUP = 2
 """Runs before those: a prompt's step is captured when its shape comes for the second time."""
@@ -48,42 +49,38 @@ LONGEST = 8
 TRACED_TOKENS = 8
 
 
-@dataclass
-class Tally:
-    """What one profiled run did."""
+@dataclass(frozen=True)
+class Profile:
+    """What one run did."""
 
-    seconds: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """By kernel or copy; on a CPU by reduction op."""
-    count: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    launches: int | None = None
+    calls: list[tuple[str, float]]
+    """Name and seconds of every kernel and copy, in order; on a CPU of every reduction op."""
+    launches: int | None
     """By the host, a captured graph counting once; None on a CPU, where there are no kernels either."""
 
-    def minus(self, other: Tally, steps: int) -> Tally:
-        """The difference, a step."""
-        count = {name: (n - other.count.get(name, 0.0)) / steps for name, n in self.count.items()}
-        seconds = {name: (s - other.seconds.get(name, 0.0)) / steps for name, s in self.seconds.items()}
-        kept = [name for name, n in count.items() if n > 0]
-        return Tally(
-            defaultdict(float, {name: seconds[name] for name in kept}),
-            defaultdict(float, {name: count[name] for name in kept}),
-            None if self.launches is None else round((self.launches - (other.launches or 0)) / steps),
-        )
-
-    def told(self) -> dict[str, Any]:
-        """For the report; times in milliseconds."""
-        reductions = sum(s for name, s in self.seconds.items() if is_reduction(name))
+    def told(self, steps: int = 1) -> dict[str, Any]:
+        """For the report, a step; times in milliseconds."""
+        count, times = Counter(name for name, _ in self.calls), dict.fromkeys((n for n, _ in self.calls), 0.0)
+        for name, seconds in self.calls:
+            times[name] += 1e3 * seconds / steps
         gpu = self.launches is not None
-        longest = sorted(self.seconds, key=lambda name: -self.seconds[name])[:LONGEST]
         return {
-            "kernels": round(sum(self.count.values())) if gpu else None,
-            "launches": self.launches,
-            "busy_ms": round(1e3 * sum(self.seconds.values()), 4) if gpu else None,
-            "reduction_ms": round(1e3 * reductions, 4),
+            "kernels": round(len(self.calls) / steps) if gpu else None,
+            "launches": round(self.launches / steps) if self.launches is not None else None,
+            "busy_ms": round(sum(times.values()), 4) if gpu else None,
+            "reduction_ms": round(sum(ms for name, ms in times.items() if is_reduction(name)), 4),
             "longest": [
-                {"name": name[:80], "count": self.count[name], "ms": round(1e3 * self.seconds[name], 4)}
-                for name in longest
+                {"name": name[:80], "count": count[name] / steps, "ms": round(times[name], 4)}
+                for name in sorted(times, key=lambda name: -times[name])[:LONGEST]
             ],
         }
+
+    def after(self, shorter: Profile) -> Profile:
+        """What this run does more than a shorter one, at its end."""
+        launches = None
+        if self.launches is not None and shorter.launches is not None:
+            launches = self.launches - shorter.launches
+        return Profile(self.calls[len(shorter.calls) :], launches)
 
 
 def is_reduction(name: str) -> bool:
@@ -92,15 +89,17 @@ def is_reduction(name: str) -> bool:
 
 
 def break_down(llm: LLM, case: Case, barrier: Callable[[], None]) -> dict[str, Any]:
-    """Profile a case's prefill and, where it has one, a decode step of its batch. Ranks call it alike."""
+    """Profile a case's prefill and, where it has one, decode steps of its batch. Ranks call it alike."""
     parts = {"prefill_breakdown": _profiled(llm, case, 1, barrier).told()}
-    if case.new_tokens > 1:
-        short = Case(case.batch, case.prompt_tokens if llm.cache.paged else SHORT, FEW + STEPS)
-        for _ in range(WARMUP):
-            run_case(llm, short, FEW, barrier)
-        few, more = (_profiled(llm, short, n, barrier) for n in (FEW, FEW + STEPS))
-        parts["decode_breakdown"] = more.minus(few, STEPS).told()
-    return parts
+    at_once = max(SHORT, llm.config.prefill.chunk_tokens // case.batch)
+    prompt = min(case.prompt_tokens, at_once) if llm.cache.paged else SHORT
+    short = Case(case.batch, prompt, FEW + STEPS)
+    if case.new_tokens == 1 or not _has_room(llm, short):
+        return parts
+    for _ in range(WARMUP):
+        run_case(llm, short, FEW, barrier)
+    few, more = (_profiled(llm, short, n, barrier) for n in (FEW, FEW + STEPS))
+    return parts | {"decode_breakdown": more.after(few).told(STEPS) | {"prompt_tokens": prompt}}
 
 
 def write_trace(llm: LLM, case: Case, path: Path, barrier: Callable[[], None]) -> None:
@@ -112,13 +111,22 @@ def write_trace(llm: LLM, case: Case, path: Path, barrier: Callable[[], None]) -
         found.export_chrome_trace(str(path))
 
 
-def _profiled(llm: LLM, case: Case, new_tokens: int, barrier: Callable[[], None]) -> Tally:
+def _has_room(llm: LLM, case: Case) -> bool:
+    try:
+        require_room(llm, case)
+    except UserError:
+        return False
+    return True
+
+
+def _profiled(llm: LLM, case: Case, new_tokens: int, barrier: Callable[[], None]) -> Profile:
     gpu = llm.loaded.device.type == "cuda"
     with _profiler(llm, with_host=not gpu) as found:
         run_case(llm, case, new_tokens, barrier)
     if not gpu:
-        return _tally_of_ops(found.events())
-    return tally_of_gpu(found.events(), after_barrier=llm.loaded.tp is not None)
+        ops = [event for event in found.events() if event.name.startswith(REDUCTION_OPS)]
+        return Profile([(op.name, op.cpu_time_total / 1e6) for op in ops], None)
+    return profile_of_gpu(found.events(), after_barrier=llm.loaded.tp is not None)
 
 
 def _profiler(llm: LLM, *, with_host: bool) -> profile:
@@ -130,9 +138,9 @@ def _profiler(llm: LLM, *, with_host: bool) -> profile:
     return profile(activities=activities + ([ProfilerActivity.CPU] if with_host else []), acc_events=True)
 
 
-def tally_of_gpu(events: Iterable[Any], *, after_barrier: bool) -> Tally:
+def profile_of_gpu(events: Iterable[Any], *, after_barrier: bool) -> Profile:
     """Of the profiler's events; if asked after NCCL's first kernel, which is the barrier before a run."""
-    tally, spans, launches = Tally(), [], 0
+    spans, launches = [], 0
     for event in events:
         if event.device_type != DeviceType.CUDA:
             launches += event.name.startswith(LAUNCHES)
@@ -143,11 +151,7 @@ def tally_of_gpu(events: Iterable[Any], *, after_barrier: bool) -> Tally:
     barrier = (
         next((i for i, name in enumerate(names) if name.startswith("nccl")), -1) if after_barrier else -1
     )
-    for name, microseconds in own_times(spans[barrier + 1 :]):
-        tally.seconds[name] += microseconds / 1e6
-        tally.count[name] += 1
-    tally.launches = launches
-    return tally
+    return Profile([(name, time / 1e6) for name, time in own_times(spans[barrier + 1 :])], launches)
 
 
 def own_times(spans: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
@@ -156,12 +160,3 @@ def own_times(spans: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, 
     for begin, end, name in spans:
         yield name, max(0.0, end - max(begin, reached))
         reached = max(reached, end)
-
-
-def _tally_of_ops(events: Iterable[Any]) -> Tally:
-    tally = Tally()
-    for event in events:
-        if event.name.startswith(REDUCTION_OPS):
-            tally.seconds[event.name] += event.cpu_time_total / 1e6
-            tally.count[event.name] += 1
-    return tally

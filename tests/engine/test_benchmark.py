@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType
 
 from ssm_dist import Config, UserError
-from ssm_dist.benchmark.breakdown import Tally, is_reduction, own_times, tally_of_gpu
+from ssm_dist.benchmark.breakdown import Profile, is_reduction, own_times, profile_of_gpu
 from ssm_dist.benchmark.cases import Case, cases_of, parse_case
 from ssm_dist.benchmark.floors import decode_bytes, flop_a_token
 from ssm_dist.benchmark.page import page
@@ -92,9 +92,9 @@ def test_the_operations_of_a_small_model_are_those_of_its_matrices():
 
 def test_cases_that_do_not_fit_give_their_reasons_and_the_rest_runs():
     grid = {"batches": [1], "prompt_tokens": [8, 500], "new_tokens": 2, "cases": ["3x8+2", "2x40+1"]}
-    report, _ = measured(configuration("zamba-tiny", max_tokens=64, **grid))
+    report, _ = measured(configuration("zamba-tiny", max_tokens=64, breakdown=True, **grid))
     short, long, many, wide = report["cases"]
-    assert short["decode_ms_a_step"] > 0
+    assert short["decode_ms_a_step"] > 0 and "prefill_breakdown" in short
     assert "512 tokens" in long["error"] and "max_tokens is 64" in long["error"]
     assert "3 sequences" in many["error"] and "max_sequences is 2" in many["error"]
     assert "96 tokens" in wide["error"]
@@ -157,14 +157,15 @@ def test_a_trace_shows_the_prefill_and_decode_steps(tmp_path):
         run_benchmark(configuration("mamba-tiny", cases=["1x4+3"], profile=elsewhere))
 
 
-def test_a_step_is_the_difference_of_two_runs():
-    short, long = Tally(launches=10), Tally(launches=18)
-    for tally, count, seconds in ((short, 2, 0.5), (long, 10, 2.5)):
-        tally.count |= {"gemm": count, "only in prefill": 7}
-        tally.seconds |= {"gemm": seconds, "only in prefill": 1.0}
-    told = long.minus(short, 4).told()
-    assert (told["kernels"], told["launches"], told["busy_ms"]) == (2, 2, 500.0)
-    assert told["longest"] == [{"name": "gemm", "count": 2.0, "ms": 500.0}]
+def test_a_step_is_what_the_longer_of_two_runs_has_at_its_end():
+    prefill, step = [("gemm", 9.0), ("only in prefill", 1.0)], [("gemm", 0.5), ("scan", 0.25), ("gemm", 0.25)]
+    short, long = Profile(prefill + 2 * step, 10), Profile(prefill + 6 * step, 18)
+    told = long.after(short).told(4)
+    assert (told["kernels"], told["launches"], told["busy_ms"], told["reduction_ms"]) == (3, 2, 1000.0, 0.0)
+    assert told["longest"] == [
+        {"name": "gemm", "count": 2.0, "ms": 750.0},
+        {"name": "scan", "count": 1.0, "ms": 250.0},
+    ]
 
 
 def test_a_kernel_has_the_time_that_it_adds():
@@ -185,10 +186,10 @@ def test_what_the_profiler_saw_before_the_ranks_set_out_does_not_count():
         event(host, "cudaLaunchKernelExC", 990, 991), event(host, "cudaGraphLaunch", 991, 992),
         event(host, "cudaStreamSynchronize", 992, 993),
     ]  # fmt: skip
-    told = tally_of_gpu(reversed(events), after_barrier=True).told()
+    told = profile_of_gpu(reversed(events), after_barrier=True).told()
     assert (told["kernels"], told["launches"]) == (2, 2)
     assert (told["busy_ms"], told["reduction_ms"]) == (0.014, 0.004)
-    alone = tally_of_gpu(events[2:3], after_barrier=False).told()
+    alone = profile_of_gpu(events[2:3], after_barrier=False).told()
     assert (alone["kernels"], alone["busy_ms"], alone["reduction_ms"]) == (1, 0.01, 0.0)
 
 
