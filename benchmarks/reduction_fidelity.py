@@ -9,7 +9,8 @@ The text is that of the demo checkpoints' validation: files of Python's standard
 anew; the mean and the largest Kullback-Leibler divergence of a token's distribution from the exact one's; how
 many tokens of greedy answers agree with the exact model's before the first that does not. Every reduction of
 a branch is quantised, those of decoding too, which `auto` would send as they are: so the answers are worse
-than those of a served model. One rank a GPU, or CPU ranks where there are too few.
+than those of a served model. "split": the residual stream stays split by rows, and what is sent last is the
+normed stream, as for long messages over shared memory. One rank a GPU, or CPU ranks where there are too few.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssm_dist import LLM, SamplingParams
+from ssm_dist.parallel import styles
 from ssm_dist.ranks import close_ranks
 from ssm_dist.scheduler import Chunk, Sequence, Step
 from ssm_dist.version import __version__
@@ -39,7 +41,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "checkpoints"))
 
 DEMOS = [ROOT / "checkpoints" / f"{name}-tiny-python" for name in ("mamba", "falcon-mamba", "zamba")]
-WIRES = [("none", 128), ("int8", 128), ("int8", 32), ("fp8", 128), ("fp8", 32), ("int4", 32)]
+WIRES = [
+    ("none", 128, False), ("int8", 128, False), ("int8", 32, False), ("fp8", 128, False), ("int4", 32, False),
+    ("int8", 128, True), ("fp8", 128, True), ("int4", 32, True),
+]  # fmt: skip
+"""Codec, group size, and whether the residual stream is split by rows."""
 GOALS = {"int8": 0.1, "fp8": 0.5, "int4": 2.0}
 """Largest change of the perplexity, per cent."""
 
@@ -47,7 +53,10 @@ GOALS = {"int8": 0.1, "fp8": 0.5, "int4": 2.0}
 class Measured:
     """One model with one kind of reduction: logits of the windows, and greedy answers."""
 
-    def __init__(self, folder: Path, codec: str, group_size: int, options: argparse.Namespace) -> None:
+    def __init__(
+        self, folder: Path, codec: str, group_size: int, split: bool, options: argparse.Namespace
+    ) -> None:
+        styles.splits_residual = lambda branch, *_: split and len(branch) >= dist.get_world_size()
         algorithm = "all_reduce" if codec == "none" else "exchange"
         prompts = max(1, options.tokens // options.window)
         llm = LLM.from_pretrained(
@@ -97,6 +106,11 @@ class Measured:
         }
 
 
+def _can_split(folder: Path) -> bool:
+    """Whether only norms read the residual stream: not so in hybrid models."""
+    return "zamba" not in json.loads((folder / "config.json").read_text())["model_type"]
+
+
 def _parameters(folder: Path) -> int:
     from safetensors import safe_open
 
@@ -140,13 +154,16 @@ def measure(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for folder in options.checkpoint:
         exact: Measured | None = None
-        for codec, group_size in WIRES:
-            measured = Measured(folder, codec, group_size, options)
+        for codec, group_size, split in WIRES:
+            if split and not _can_split(folder):
+                continue
+            measured = Measured(folder, codec, group_size, split, options)
             exact = exact or measured
-            name = options.name or folder.name
             row = {
-                "checkpoint": name, "parameters": measured.parameters, "degree": dist.get_world_size(),
-                "codec": codec if codec == "none" else f"{codec}/{group_size}", **measured.against(exact),
+                "checkpoint": options.name or folder.name, "parameters": measured.parameters,
+                "degree": dist.get_world_size(),
+                "codec": codec if codec == "none" else f"{codec}/{group_size}" + ", split" * split,
+                **measured.against(exact),
             }  # fmt: skip
             rows.append(row)
             if dist.get_rank() == 0:
@@ -188,7 +205,7 @@ def markdown(report: dict[str, Any]) -> str:
     above = [
         f"{row['checkpoint']} at degree {row['degree']}, {row['codec']} ({row['change, %']:+.3f} %)"
         for row in rows
-        if row["change, %"] > GOALS.get(row["codec"].split("/")[0], math.inf)
+        if row["change, %"] > GOALS.get(row["codec"].partition("/")[0], math.inf)
     ]
     goals = ", ".join(f"{codec} {goal} %" for codec, goal in GOALS.items())
     lines += ["", f"Goals for the perplexity: {goals}. Above them: {'; '.join(above) or 'none'}."]

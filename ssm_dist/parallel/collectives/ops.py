@@ -101,19 +101,17 @@ def tp_all_reduce_add_rms_norm_split(
 
 
 def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
-    """Whether it pays to keep the residual stream split, by rows.
+    """Whether it pays to keep the residual stream split, by rows: where long messages go over shared memory.
 
-    With a codec in two shots it does: the stream then takes up the first rounding alone, as the second is of
-    the normed rows. So it does for exact sums where long messages go over shared memory.
+    There the norm costs as much as the sum, and is shared out this way. With a codec it has a price: what is
+    sent last, and rounded, is the normed stream instead of the branch, which is small beside the stream (see
+    benchmarks/reduction_fidelity).
     """
     ranks = group_named(group)
-    if ranks.size == 1 or len(partial) < ranks.size:
+    if ranks.memory is None or len(partial) < ranks.size:
         return False
     chosen = choose(ranks, partial, codec, group_size, algorithm, with_norm=True)
-    if chosen != "bulk":
-        return chosen == "exchange" and codec != "none"
-    assert ranks.memory is not None
-    return ranks.memory.fits_in_one_block(partial, codec, group_size)
+    return chosen == "bulk" and ranks.memory.fits_in_one_block(partial, codec, group_size)
 
 
 def _reduced(x: Tensor, group: Group, codec: str, group_size: int, algorithm: str, name: str) -> Tensor:
