@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -11,6 +12,8 @@ import torch
 
 Call = Callable[[], Any]
 
+MEMORY_CLOCK_KHZ, MEMORY_WIDTH_BITS = 36, 37
+"""Attributes of a device by their numbers in CUDA's driver interface."""
 REPEATS = 7
 LONG_ENOUGH = 4e-3
 """Seconds that one timed stretch lasts at least."""
@@ -66,6 +69,18 @@ class Clock:
         source = torch.randint(256, (1 << 30,), device=self.device, dtype=torch.uint8)
         target = torch.empty_like(source)
         return 2 * source.nbytes / self.seconds([lambda: target.copy_(source)])
+
+    def nominal_rate(self) -> float | None:
+        """Bytes/s that the memory's clock and width allow, which no copy reaches; None on a CPU."""
+        if not self.gpu:
+            return None
+        driver, number = ctypes.CDLL("libcuda.so.1"), ctypes.c_int()
+        found = []
+        for attribute in (MEMORY_CLOCK_KHZ, MEMORY_WIDTH_BITS):
+            if driver.cuDeviceGetAttribute(ctypes.byref(number), attribute, torch.cuda.current_device()):
+                return None
+            found.append(number.value)
+        return 2 * 1e3 * found[0] * found[1] / 8  # two transfers a cycle
 
     def ceilings(self) -> dict[str, float]:
         """Bytes/s of a copy, operations/s of a bf16 product, special functions/s; not measured on a CPU."""

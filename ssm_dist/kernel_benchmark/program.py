@@ -1,13 +1,14 @@
 """Times every op at the shapes of the released models, against its floor, the definition and its peers.
 
     ssm-dist kernels [--models mamba-2.8b ...] [--degrees 1 2 4] [--ops causal_conv ...]
-        [--sweep] [--out file.json]
+        [--sweep] [--seconds 60] [--out file.json]
 
 The floor of a case is the largest of three times: its bytes at the bandwidth of a large copy, its operations
 at the rate of a large matrix product, its special functions at 16 a clock a multiprocessor; the first two
-rates are measured at the start. Each timing replays a CUDA graph of calls on several sets of arguments,
-together larger than the L2 cache several times over; the median of its repeats counts. The last line is one
-JSON document. On a CPU, only the definitions are timed, to try the program.
+rates are measured at the start. Bytes/s are also given as a part of what the memory's clock and width allow.
+Each timing replays a CUDA graph of calls on several sets of arguments, together larger than the L2 cache
+several times over; the median of its repeats counts. The last line is one JSON document. On a CPU, only the
+definitions are timed, to try the program.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import importlib.metadata
 import itertools
 import json
 import logging
+import math
 import operator
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +38,7 @@ from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import Case, cases
 from ssm_dist.kernel_benchmark.clock import Call, Clock
 from ssm_dist.kernel_benchmark.peers import installed_peers
+from ssm_dist.kernel_benchmark.precompile import precompile
 from ssm_dist.kernels import backend, tuning
 from ssm_dist.version import __version__
 
@@ -66,14 +70,18 @@ SWEEP: dict[str, list[tuning.Configuration]] = {
 }  # fmt: skip
 
 
-def measure(case: Case, clock: Clock, ceilings: dict[str, float], peers: dict[str, Any]) -> dict[str, Any]:
-    """One row of the report; times in microseconds."""
+def measure(
+    case: Case, clock: Clock, ceilings: dict[str, float], nominal: float | None, peers: dict[str, Any]
+) -> dict[str, Any]:
+    """One row of the report; times in microseconds. `nominal`: the memory's bytes/s on paper."""
     sets = _argument_sets(case, clock)
     ours = clock.seconds([functools.partial(case.run, a) for a in sets])
     row: dict[str, Any] = {**_shape(case), "us": 1e6 * ours, "gb_s": case.bytes / ours / 1e9}
     if ceilings:
         floor = max(getattr(case, unit) / rate for unit, rate in ceilings.items())
         row |= {"floor_us": 1e6 * floor, "of_floor": floor / ours}
+    if nominal is not None:
+        row["of_nominal"] = case.bytes / ours / nominal
     if case.sequences * case.tokens * case.width <= REFERENCE_NUMBERS:
         with backend.using("reference"):
             row["reference_us"] = 1e6 * clock.eagerly(lambda: case.run(sets[0]))
@@ -147,8 +155,8 @@ def table(rows: list[dict[str, Any]], title: str, columns: dict[str, str]) -> Ta
 
 CASE_COLUMNS = {"op": "", "model": "", "degree": "d", "sequences": "d", "tokens": "d", "width": "d"}
 COLUMNS = CASE_COLUMNS | {
-    "us": ".1f", "floor_us": ".1f", "of_floor": ".0%", "gb_s": ".0f", "reference_us": ".0f", "peer_us": ".1f",
-    "speedup": ".2f", "peer": "",
+    "us": ".1f", "floor_us": ".1f", "of_floor": ".0%", "gb_s": ".0f", "of_nominal": ".0%",
+    "reference_us": ".0f", "peer_us": ".1f", "speedup": ".2f", "peer": "",
 }  # fmt: skip
 
 SWEEP_COLUMNS = CASE_COLUMNS | {"recorded_us": ".1f", "best_us": ".1f", "best": ""}
@@ -158,11 +166,14 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for; raises `UserError` for what cannot run."""
     options = _parser().parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    deadline = time.monotonic() + options.seconds
+    wanted = [c for c in cases(options.models, options.degrees) if not options.ops or c.op in options.ops]
+    if torch.cuda.device_count():
+        precompile(wanted)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen = backend.select("triton" if device.type == "cuda" else "reference", device)
     clock = Clock(device)
     ceilings = clock.ceilings()
-    wanted = [c for c in cases(options.models, options.degrees) if not options.ops or c.op in options.ops]
     console = Console(width=None if sys.stdout.isatty() else 180)
     report: dict[str, Any] = {"environment": environment(device), "backend": chosen, "ceilings": ceilings}
     if options.sweep:
@@ -171,7 +182,10 @@ def main(words: Sequence[str] | None = None) -> None:
         console.print(table(rows, "Sweep", SWEEP_COLUMNS))
     else:
         peers = installed_peers() if device.type == "cuda" else {}
-        report["rows"] = [measure(c, clock, ceilings, peers) for c in wanted]
+        report["nominal_bytes"] = nominal = clock.nominal_rate()
+        report["rows"] = [
+            measure(c, clock, ceilings, nominal, peers) for c in wanted if time.monotonic() < deadline
+        ]
         console.print(table(report["rows"], f"Kernels, backend {chosen}", COLUMNS))
     report["kernels"] = compiled_kernels()
     document = json.dumps(report)
@@ -197,5 +211,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--degrees", nargs="+", type=int, default=[1, 2, 4])
     parser.add_argument("--ops", nargs="+", default=[], choices=kernels.__all__, help="only these")
     parser.add_argument("--sweep", action="store_true", help="time all candidate configurations instead")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many")
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
     return parser
