@@ -182,12 +182,13 @@ class Engine:
 
     def _decode_of(self, slots: list[int]) -> Sampled:
         """The decode step of some slots, padded where it is captured."""
+        work = self.sampler.work
         if self.graphs is None:
             return self._decode(torch.tensor(slots, device=self._device))
         size = bucket(len(slots), self.cache.max_sequences, DECODE_PARTS)
         nobodys = [self.cache.padding_slot] * size
         sampled: Sampled = self.graphs.run(
-            ("decode", size, self.sampler.work), self._decode, slots + nobodys[len(slots) :], nobodys
+            ("decode", size, work), self._decode, slots + nobodys[len(slots) :], nobodys
         )
         return sampled
 

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ssm_dist.engine import Engine, Pending
 from ssm_dist.prefix_cache import PrefixCache
@@ -15,8 +16,7 @@ from ssm_dist.scheduler import Scheduler, Sequence, Step
 from ssm_dist.text import TextStream, Tokenizer
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """One new token of one request, or the news that a request cannot run."""
 
     index: int
@@ -185,7 +185,7 @@ class Run:
         for c in [] if step.decode else step.chunks:
             self._prefixes.after_chunk(c.sequence.slot, c.sequence.prompt_ids, c.start + len(c.tokens))
         for c in pending.chunks:
-            c.sequence.unread += 1
+            c.sequence.sampled += 1
         self._pending.append(pending)
 
     def _read(self, pending: Pending) -> list[TokenEvent]:
@@ -216,17 +216,13 @@ class Run:
         for row, (sequence, token_id) in enumerate(zip(sequences, sampled.ids.tolist(), strict=True)):
             if self._active.get(sequence.index) is not sequence:
                 continue
-            sequence.unread -= 1
             sequence.token_ids.append(token_id)
-            text, reason = self._text_and_end(sequence, token_id)
+            event = TokenEvent(sequence.index, token_id, *self._text_and_end(sequence, token_id))
             wanted = sequence.params.logprobs
-            if wanted is None or logprobs is None or top_ids is None or top is None:
-                events.append(TokenEvent(sequence.index, token_id, text, reason))
-                continue
-            likely = dict(zip(top_ids[row][:wanted], top[row][:wanted], strict=True))
-            events.append(
-                TokenEvent(sequence.index, token_id, text, reason, logprob=logprobs[row], top_logprobs=likely)
-            )
+            if wanted is not None and logprobs is not None and top_ids is not None and top is not None:
+                likely = dict(zip(top_ids[row][:wanted], top[row][:wanted], strict=True))
+                event = event._replace(logprob=logprobs[row], top_logprobs=likely)
+            events.append(event)
         return events
 
     def _text_and_end(self, sequence: Sequence, token_id: int) -> tuple[str, str | None]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import chunk_grid
@@ -32,9 +33,9 @@ class Sequence:
     computed: int = 0
     """Tokens of the prompt that the state has absorbed."""
     token_ids: list[int] = field(default_factory=list)
-    """Generated so far."""
-    unread: int = 0
-    """Tokens sampled after those, which the host has not read yet."""
+    """Generated, as far as the host has read them."""
+    sampled: int = 0
+    """Tokens of the answer, those on their way to the host included."""
 
     @property
     def prefilled(self) -> bool:
@@ -47,18 +48,12 @@ class Sequence:
         return len(self.prompt_ids) + self.sampled
 
     @property
-    def sampled(self) -> int:
-        """Tokens of the answer, those on their way to the host included."""
-        return len(self.token_ids) + self.unread
-
-    @property
     def most_tokens(self) -> int:
         """Tokens that the state may have to absorb; the last one generated never enters it."""
         return len(self.prompt_ids) + self.params.max_new_tokens - 1
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """A run of tokens of one sequence in a step, `tokens[0]` at `start` of the whole sequence."""
 
     sequence: Sequence
@@ -98,8 +93,8 @@ class Scheduler:
         None when nothing is left to do but reading the last tokens of sequences that end by their length.
         """
         admitted = self._admit()
-        ready = [s for s in self._running if s.prefilled and s.sampled < s.params.max_new_tokens]
         prefilling = [sequence for sequence in self._running if not sequence.prefilled]
+        ready = [s for s in self._running if 0 < s.sampled < s.params.max_new_tokens]
         if prefilling and (self._decoded_last or not ready):
             self._decoded_last = False
             return admitted, Step(self._prefill_chunks(prefilling), decode=False)

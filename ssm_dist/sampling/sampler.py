@@ -50,7 +50,7 @@ class Sampler:
     def __init__(self, max_sequences: int, vocab_size: int, device: torch.device | str) -> None:
         self.vocab_size = vocab_size
         self.device = torch.device(device)
-        self.work = Work()
+        self._work: Work | None = Work()
         self._admitted: dict[int, SamplingParams] = {}
         self._written = [SamplingParams()] * max_sequences
         with self.device:
@@ -72,12 +72,19 @@ class Sampler:
         if params.repetition_penalty != 1.0:
             self._remember(slot, prompt_ids)
         self._admitted[slot] = params
-        self._plan_work()
+        self._work = None
 
     def release(self, slot: int) -> None:
         """Forget the request in this slot."""
         del self._admitted[slot]
-        self._plan_work()
+        self._work = None
+
+    @property
+    def work(self) -> Work:
+        """What the next step has to compute."""
+        if self._work is None:
+            self._work = self._planned_work()
+        return self._work
 
     def sample(self, logits: Tensor, slots: Tensor, positions: Tensor) -> Sampled:
         """Choose a token for each row, and record it for the row's repetition penalty.
@@ -113,9 +120,9 @@ class Sampler:
         self._seed[slot] = as_int64(params.seed)
         self._written[slot] = params
 
-    def _plan_work(self) -> None:
+    def _planned_work(self) -> Work:
         requests = self._admitted.values()
-        self.work = Work(
+        return Work(
             penalise=any(params.repetition_penalty != 1.0 for params in requests),
             draw=any(not params.greedy for params in requests),
             rank=any(params.filters_by_rank for params in requests),

@@ -33,8 +33,8 @@ def drive(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[tuple[in
         steps.append([(c.sequence.index, c.start, len(c.tokens)) for c in step.chunks])
         for c in step.chunks:
             if c.start + len(c.tokens) == c.sequence.length:
-                c.sequence.token_ids.append(7)
-                if len(c.sequence.token_ids) == c.sequence.params.max_new_tokens:
+                c.sequence.sampled += 1
+                if c.sequence.sampled == c.sequence.params.max_new_tokens:
                     scheduler.finish(c.sequence)
 
 
