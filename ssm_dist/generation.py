@@ -6,7 +6,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from ssm_dist.engine import Engine, Pending
 from ssm_dist.prefix_cache import PrefixCache
@@ -16,7 +15,8 @@ from ssm_dist.scheduler import Scheduler, Sequence, Step
 from ssm_dist.text import TextStream, Tokenizer
 
 
-class TokenEvent(NamedTuple):
+@dataclass(slots=True)
+class TokenEvent:
     """One new token of one request, or the news that a request cannot run."""
 
     index: int
@@ -220,8 +220,8 @@ class Run:
             event = TokenEvent(sequence.index, token_id, *self._text_and_end(sequence, token_id))
             wanted = sequence.params.logprobs
             if wanted is not None and logprobs is not None and top_ids is not None and top is not None:
-                likely = dict(zip(top_ids[row][:wanted], top[row][:wanted], strict=True))
-                event = event._replace(logprob=logprobs[row], top_logprobs=likely)
+                event.logprob = logprobs[row]
+                event.top_logprobs = dict(zip(top_ids[row][:wanted], top[row][:wanted], strict=True))
             events.append(event)
         return events
 
