@@ -2,12 +2,13 @@
 # Build mamba-ssm and causal-conv1d for sm_90 alone, from their sdists, for measurements beside them.
 #   benchmarks/peers/build.sh SDIST_FOLDER TARGET_FOLDER [SECONDS]
 # They are installed into TARGET_FOLDER, for PYTHONPATH, side by side and each within SECONDS (default 300);
-# what does not build is left out, and the end of its log is shown. On a CUDA host, without the network. The
-# sdists come from
+# what does not build is left out, and the end of its log is shown. Without their backward kernels, which are
+# most of the work and are not measured here. On a CUDA host, without the network. The sdists come from
 #   MAMBA_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE pip download --no-deps --no-binary :all: \
 #       --no-build-isolation --dest SDIST_FOLDER mamba-ssm causal-conv1d
 # which reads their metadata only, and needs torch, but no CUDA.
 set -euo pipefail
+shopt -s nullglob
 sdists=$(realpath "$1")
 mkdir -p "$2"
 target=$(realpath "$2")
@@ -23,6 +24,9 @@ build() {
     sed -i 's/+ cc_flag/+ ["-gencode", "arch=compute_90,code=sm_90"]/; s/"--threads", "4"/"--threads", "1"/' \
         "$folder/setup.py"
     grep -q 'compute_90,code=sm_90"\]' "$folder/setup.py" || { echo "setup.py has no cc_flag"; return 1; }
+    sed -i '/csrc\/.*_bwd.*\.cu"/d' "$folder/setup.py"
+    sed -i 's/\(_bwd_cuda(.*cudaStream_t stream)\);/\1 { AT_ERROR("built without gradients"); }/' \
+        "$folder"/csrc/*.cpp "$folder"/csrc/*/*.cpp
     # not by pip, which would import torch three times
     (cd "$folder" && timeout "$seconds" python3 setup.py --quiet build_ext --inplace)
 }
