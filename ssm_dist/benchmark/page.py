@@ -43,15 +43,16 @@ SECTIONS = (
 NOTES = """A case BxP+G is B prompts of P random tokens that arrive together, with G new tokens each; times
 are medians, ± is the distance between the fastest and the slowest repeat. Floors and kernel times are of one
 GPU: weights and states at the bandwidth of a large copy, products at the rate of a large one, the scan's
-special functions. × 1 GPU is against our own figure, × best peer against the best other system on as many
-GPUs. Systems marked as quoted did not run on this machine: ratios to them are no measurements.
+special functions. The gap is what a step takes beyond its kernels, below zero where profiling slowed them.
+× 1 GPU is against our own figure, × best peer against the best other system on as many GPUs. Systems marked
+as quoted did not run on this machine: ratios to them are no measurements.
 """
 
 NO_PLOTS = "Plots are left out: matplotlib is not installed (`pip install ssm-dist[benchmark]`).\n"
 
 
 def page(documents: Sequence[dict[str, Any]], folder: Path | None) -> str:
-    """The report of all documents; with a folder, its plots are drawn there and shown."""
+    """The report of all documents; with a folder, plots are drawn there and shown, and kernels listed."""
     rows = [row | {"times": _times(row, rows)} for rows in [rows_of(documents)] for row in rows]
     parts = ["# Benchmark", "", table(SOURCES, documents), NOTES]
     drawn = folder is not None and importlib.util.find_spec("matplotlib") is not None
@@ -65,7 +66,7 @@ def page(documents: Sequence[dict[str, Any]], folder: Path | None) -> str:
 
             roofs = [document["environment"].get("ceilings") for document in documents]
             parts += [f"![{title}]({name})\n" for title, name in draw(model, mine, roofs, folder)]
-        parts += _of_model(mine)
+        parts += _of_model(mine) + (_longest(mine) if folder is not None else [])
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -101,14 +102,22 @@ def _of_model(rows: list[Row]) -> list[str]:
     failed = [row for row in rows if "error" in row]
     if failed:
         parts += ["### Cases that did not run", "", table(ERRORS, failed)]
+    return parts
+
+
+def _longest(rows: list[Row]) -> list[str]:
+    """The kernels that take longest, case by case, folded up."""
+    parts = []
     for row in rows:
         for step in ("prefill", "decode"):
             longest = get(f"{step}_breakdown", "longest")(row)
             if longest:
-                title = f"#### Longest in {step}: {case_name(row)}, {label(row)}, degree {row['degree']}"
-                parts += [title, "", table(LONGEST, longest)]
+                title = f"Longest in {step}: {case_name(row)}, {label(row)}, degree {row['degree']}"
+                parts.append(
+                    f"<details><summary>{title}</summary>\n\n{table(LONGEST, longest)}\n</details>\n"
+                )
     return parts
 
 
 def _order(row: Row) -> tuple[Any, ...]:
-    return row["batch"], row["prompt_tokens"], row["new_tokens"], row["degree"], label(row)
+    return row["batch"], row["prompt_tokens"], row["degree"], row["new_tokens"], label(row)

@@ -101,6 +101,16 @@ def _times(measure: str) -> dict[str, Callable[[Row], Any]]:
     return {"× 1 GPU": get("times", measure, "one"), "× best peer": get("times", measure, "peer")}
 
 
+def _gap(breakdown: str, time: Callable[[Row], Any], milliseconds: float) -> Callable[[Row], Any]:
+    """What a step takes beyond its kernels, in milliseconds; `milliseconds` are in a unit of `time`."""
+
+    def value(row: Row) -> Any:
+        busy, whole = get(breakdown, "busy_ms")(row), time(row)
+        return None if busy is None or whole is None else round(milliseconds * whole - busy, 3)
+
+    return value
+
+
 _WHO: dict[str, Callable[[Row], Any]] = {"case": case_name, "system": label, "degree": get("degree")}
 
 DECODE: dict[str, Callable[[Row], Any]] = _WHO | {
@@ -114,6 +124,7 @@ DECODE: dict[str, Callable[[Row], Any]] = _WHO | {
     "kernels": get("decode_breakdown", "kernels"),
     "launches": get("decode_breakdown", "launches"),
     "kernels ms": get("decode_breakdown", "busy_ms"),
+    "gap ms": _gap("decode_breakdown", get("decode_ms_a_step"), 1.0),
     "reductions ms": get("decode_breakdown", "reduction_ms"),
     "compile": get("compile"),
 }
@@ -127,6 +138,7 @@ PREFILL: dict[str, Callable[[Row], Any]] = _WHO | {
     **_times("prefill_tokens_per_second"),
     "kernels": get("prefill_breakdown", "kernels"),
     "kernels ms": get("prefill_breakdown", "busy_ms"),
+    "gap ms": _gap("prefill_breakdown", get("prefill_seconds", "median"), 1e3),
     "reductions ms": get("prefill_breakdown", "reduction_ms"),
 }
 
