@@ -39,10 +39,10 @@ class Timing:
 def calibrate(
     tp: TensorParallel, width: int, dtype: torch.dtype, device: torch.device, tokens: int, repeats: int
 ) -> list[Timing]:
-    """Time every algorithm that fits for 1, 4, 16, ... tokens up to `tokens`; ranks call it alike."""
+    """Time every algorithm that fits for 1, 2, 4, ... tokens up to `tokens`; ranks call it alike."""
     group = group_named(tp.group)
     transports = [group.backend] if group.memory is None else ["shared", group.backend]
-    counts = [4**i for i in range(max(1, math.ceil(math.log(tokens, 4)) + 1))]
+    counts = [2**i for i in range(math.ceil(math.log2(tokens)) + 1)]
     timings = []
     for count, codec in itertools.product(counts, CODECS):
         x = torch.randn(min(count, tokens), width, device=device).to(dtype)
