@@ -66,6 +66,7 @@ class Engine:
         self._chunk_tokens = chunk_tokens
         self._wait = wait
         self._device = next(model.parameters()).device
+        self._state = cache.state
         rows = cache.max_sequences + 1
         self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
         self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
@@ -116,6 +117,7 @@ class Engine:
 
         They hold until the next step.
         """
+        self.cache.zero_taken()
         chunks = step.chunks
         tokens = [token for c in chunks for token in c.tokens]
         padded, sequences = len(tokens), len(chunks)
@@ -168,7 +170,7 @@ class Engine:
             tokens=ids, seq_offsets=offsets.int(), slots=slots.int(), positions=positions,
             pages=self.cache.page_table(slots),
         )  # fmt: skip
-        hidden: Tensor = self.model(batch, self.cache.state)
+        hidden: Tensor = self.model(batch, self._state)
         return hidden
 
     def _first_tokens(self, hidden: Tensor, chunks: list[Chunk], ends: list[Chunk]) -> Sampled:
@@ -199,7 +201,7 @@ class Engine:
             tokens=tokens, seq_offsets=self._offsets[: len(slots) + 1], slots=slots.int(), positions=places,
             decode=True, pages=self.cache.page_table(slots),
         )  # fmt: skip
-        hidden = self.model(batch, self.cache.state)
+        hidden = self.model(batch, self._state)
         sampled = self.sampler.sample(self._logits(hidden), slots, places + 1)
         # nobody's place stays at the start of nobody's page
         self._remember(slots, sampled.ids, torch.where(slots == self.cache.padding_slot, 0, places + 1))

@@ -112,7 +112,7 @@ class StateCache:
         pages = pages_of(max_tokens) if shapes.attention_sites else 0
         kv_shape = (shapes.attention_sites, 2, pages + min(pages, 1), PAGE_TOKENS, *shapes.kv)
         self._kv = torch.zeros(kv_shape, dtype=dtype, device=device)
-        self.state = ModelState(
+        self._state = ModelState(
             [MixerState(conv, ssm) for conv, ssm in zip(self._conv, self._ssm, strict=True)],
             [KVPages(*site) for site in self._kv],
         )
@@ -130,6 +130,13 @@ class StateCache:
         self._free_slots = list(reversed(range(max_sequences)))
         self._free_snapshots = list(reversed(range(max_sequences + 1, slots)))
         self._pages: dict[int, list[int]] = {}
+        self._to_zero: set[int] = set()
+
+    @property
+    def state(self) -> ModelState:
+        """The tensors, which never move; slots just taken are zeroed."""
+        self.zero_taken()
+        return self._state
 
     @property
     def bytes_allocated(self) -> int:
@@ -147,7 +154,7 @@ class StateCache:
         return len(self._free_snapshots)
 
     def acquire(self, tokens: int, shared: Sequence[int] = ()) -> int | None:
-        """A zeroed slot for a sequence of at most `tokens` tokens, or None while there is no room for it.
+        """A slot, zeroed before it is read, for a sequence of at most `tokens` tokens, or None while there is no room for it.
 
         shared: full pages with the first keys and values of the sequence, which somebody holds already.
         """
@@ -162,9 +169,16 @@ class StateCache:
         slot = self._free_slots.pop()
         self._pages[slot] = [*shared, *self.pool.take(need)]
         self._enter_pages(slot)
-        self._conv[:, slot] = 0
-        self._ssm[:, slot] = 0
+        self._to_zero.add(slot)
         return slot
+
+    def zero_taken(self) -> None:
+        """Zero the slots taken since the last call, all at once: a step must not begin before."""
+        if self._to_zero:
+            slots = torch.tensor(list(self._to_zero), device=self._conv.device)
+            self._conv.index_fill_(1, slots, 0)
+            self._ssm.index_fill_(1, slots, 0)
+            self._to_zero.clear()
 
     def release(self, slot: int) -> None:
         """Give back a slot and its pages."""
@@ -177,6 +191,7 @@ class StateCache:
 
     def keep(self, slot: int, tokens: int) -> Kept:
         """A snapshot of a sequence that has absorbed `tokens` tokens; a slot for it must be free."""
+        self.zero_taken()
         pages = tuple(self._pages[slot][: pages_of(tokens)])
         kept = Kept(self._free_snapshots.pop(), pages, tokens)
         self.pool.keep(pages)
@@ -190,6 +205,7 @@ class StateCache:
 
     def continue_from(self, kept: Kept, slot: int) -> None:
         """Put a snapshot into the slot of a sequence that shares its full pages."""
+        self._to_zero.discard(slot)
         self._copy_slot(kept.slot, slot)
         if self.paged and kept.tokens % PAGE_TOKENS:
             last = kept.tokens // PAGE_TOKENS
@@ -197,6 +213,7 @@ class StateCache:
 
     def export(self, slot: int, pages: Sequence[int]) -> HostState:
         """A copy in host memory: pinned and asynchronous from a GPU, in the order of its stream."""
+        self.zero_taken()
         where = torch.tensor(list(pages), dtype=torch.int64, device=self._kv.device)
         kv = self._kv.index_select(2, where)
         return HostState(_to_host(self._conv[:, slot]), _to_host(self._ssm[:, slot]), _to_host(kv))
@@ -207,6 +224,7 @@ class StateCache:
 
     def fill(self, slot: int, state: HostState) -> None:
         """Put a state from the host into the slot of a sequence that shares no pages."""
+        self._to_zero.discard(slot)
         self._conv[:, slot].copy_(state.conv, non_blocking=True)
         self._ssm[:, slot].copy_(state.ssm, non_blocking=True)
         if self.paged:
