@@ -154,7 +154,9 @@ class StateCache:
         return len(self._free_snapshots)
 
     def acquire(self, tokens: int, shared: Sequence[int] = ()) -> int | None:
-        """A slot, zeroed before it is read, for a sequence of at most `tokens` tokens, or None while there is no room for it.
+        """A slot for a sequence of at most `tokens` tokens, or None while there is no room for it.
+
+        It is zeroed before it is read.
 
         shared: full pages with the first keys and values of the sequence, which somebody holds already.
         """
