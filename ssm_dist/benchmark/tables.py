@@ -25,11 +25,16 @@ def rows_of(documents: Iterable[dict[str, Any]]) -> list[Row]:
 
 def label(row: Row) -> str:
     """The system, and what it was told to do otherwise than by default."""
-    name = row["system"] if row["system"] == "ssm-dist" else f"{row['system']} {row['version'] or ''}".strip()
-    parts = [name] + ([row["codec"]] if row["codec"] != "none" else []) + ([] if row["p2p"] else ["no P2P"])
+    ours = row["system"] == "ssm-dist"
+    parts = [row["system"] if ours else f"{row['system']} {row['version'] or ''}".strip()]
+    parts += [row["codec"]] if row["codec"] != "none" else []
+    parts += [] if row["p2p"] else ["no P2P"]
     parts += ["replicas"] if row.get("replicas") else []
-    if row["system"] == "ssm-dist" and row.get("kernels", "triton") not in ("triton", "reference"):
-        parts.append(row["kernels"])
+    if ours and row.get("kernels", "reference") != "reference":
+        parts += [row["kernels"]] if row["kernels"] != "triton" else []
+        parts += {"none": ["uncaptured"], "compile": ["compiled"]}.get(row.get("compile", ""), [])
+    if ours and row.get("state_dtype", "float32") != "float32":
+        parts.append(f"{row['state_dtype']} states")
     return ", ".join(parts) + (" (quoted)" if row["quoted"] else "")
 
 

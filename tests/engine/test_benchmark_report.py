@@ -16,7 +16,7 @@ import pytest
 from ssm_dist import UserError
 from ssm_dist.benchmark import page as page_module
 from ssm_dist.benchmark.page import page
-from ssm_dist.benchmark.tables import number, rows_of, table
+from ssm_dist.benchmark.tables import label, number, rows_of, table
 from ssm_dist.benchmark.targets import TARGETS, compared, scaled
 from ssm_dist.cli import main
 from ssm_dist.commands.report import read, run
@@ -123,6 +123,20 @@ def test_scaling_is_against_our_own_single_gpu():
 def test_of_runs_of_the_same_case_the_last_one_counts():
     early, late = document(row(decode_ms_a_step=9.0)), document(row(decode_ms_a_step=2.0), row(p2p=False))
     assert [found["decode_ms_a_step"] for found in rows_of([early, late])] == [2.0, 2.0]
+
+
+def test_a_run_is_named_by_what_it_did_otherwise_than_by_default():
+    usual = {"kernels": "triton", "compile": "capture", "state_dtype": "float32"}
+    other = {
+        "kernels": "mamba_ssm",
+        "compile": "none",
+        "state_dtype": "bfloat16",
+        "codec": "int8",
+        "p2p": False,
+    }
+    rows = rows_of([document(row(**usual), row(**other)), document(row(), system="peer", quoted="a page")])
+    names = ["ssm-dist", "ssm-dist, int8, no P2P, mamba_ssm, uncaptured, bfloat16 states", "peer 1 (quoted)"]
+    assert list(map(label, rows)) == names
 
 
 def test_every_target_is_of_a_preset_and_can_be_reached_by_a_bundled_case():
