@@ -22,6 +22,7 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "fused-norms-tied-head": SIZES,
+    "with-mlps": SIZES | {"d_intermediate": 48},
     "layer-norms-own-head-biases": SIZES
     | {"rms_norm": False, "fused_add_norm": False, "residual_in_fp32": False, "tie_embeddings": False}
     | {"ssm_cfg": SIZES["ssm_cfg"] | {"bias": True, "conv_bias": False}},

@@ -27,7 +27,11 @@ def package_is_there() -> None:
 @pytest.fixture(scope="module")
 def runs(package_is_there: None) -> tuple[ByName, dict[int, list[ByName]]]:
     """What one process found, and what the ranks of each degree did meanwhile."""
-    started = {n: start_on_ranks(n, on_gpus.answers, "cuda", device="cuda") for n in DEGREES if n <= GPUS}
+    started = {
+        n: start_on_ranks(n, on_gpus.answers, "cuda", device="cuda", timeout=200.0)
+        for n in DEGREES
+        if n <= GPUS
+    }
     return on_gpus.answers("cuda"), {degree: ranks.result() for degree, ranks in started.items()}
 
 

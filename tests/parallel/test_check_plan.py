@@ -97,10 +97,11 @@ def test_rows_that_are_no_blocks_are_refused() -> None:
     assert "into.weight dimension 0 has 24 entries, which is not 5 blocks" in said
 
 
+@pytest.mark.parametrize("mlp", [0, 20])
 @pytest.mark.parametrize("degree", [2, 4])
-def test_mamba_ssms_tree_and_sizes(degree: int) -> None:
+def test_mamba_ssms_tree_and_sizes(degree: int, mlp: int) -> None:
     """A stand-in with mamba-ssm's tree; its own class needs a GPU."""
-    check_plan(MambaLMHeadModel, degree=degree)
+    check_plan(lambda: MambaLMHeadModel(mlp=mlp), degree=degree)
 
 
 def test_mamba_ssms_fused_path_would_be_caught() -> None:

@@ -60,24 +60,38 @@ class MambaSSMMixer(nn.Module):
         return output
 
 
+class _GatedMLP(nn.Module):
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 2 * hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, gate = self.fc1(x).chunk(2, dim=-1)
+        output: Tensor = self.fc2(y * F.silu(gate))
+        return output
+
+
 class _Block(nn.Module):
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, mlp: int) -> None:
         super().__init__()
         self.norm, self.mixer = nn.LayerNorm(width), MambaSSMMixer(width, expand=2, d_state=5, dt_rank=3)
+        self.mlp = None
+        if mlp:
+            self.norm2, self.mlp = nn.LayerNorm(width), _GatedMLP(width, mlp)
 
     def forward(self, hidden: Tensor) -> Tensor:
         mixed: Tensor = hidden + self.mixer(self.norm(hidden))
-        return mixed
+        return mixed if self.mlp is None else mixed + self.mlp(self.norm2(mixed))
 
 
 class MambaLMHeadModel(nn.Module):
     """The module tree of mamba-ssm's class of this name, of which it also bears the address."""
 
-    def __init__(self, width: int = 12, layers: int = 2, vocabulary: int = 29) -> None:
+    def __init__(self, width: int = 12, layers: int = 2, vocabulary: int = 29, mlp: int = 0) -> None:
         super().__init__()
         self.backbone = nn.Module()
         self.backbone.embedding = nn.Embedding(vocabulary, width)
-        self.backbone.layers = nn.ModuleList(_Block(width) for _ in range(layers))
+        self.backbone.layers = nn.ModuleList(_Block(width, mlp) for _ in range(layers))
         self.backbone.norm_f = nn.LayerNorm(width)
         self.lm_head = nn.Linear(width, vocabulary, bias=False)
         self.lm_head.weight = self.backbone.embedding.weight

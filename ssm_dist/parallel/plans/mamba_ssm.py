@@ -29,3 +29,9 @@ MAMBA_SSM_PLAN: Plan = {
     "backbone.norm_f": Replicated(),
     "lm_head": PaddedVocabHead(),
 }
+
+MAMBA_SSM_MLP: Plan = {
+    "backbone.layers.*.norm2": Replicated(),
+    "backbone.layers.*.mlp.fc1": PackedBlocks(),
+    "backbone.layers.*.mlp.fc2": RowwiseReduce(),
+}

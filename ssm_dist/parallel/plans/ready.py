@@ -10,7 +10,7 @@ from torch import nn
 
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.plan import Plan
-from ssm_dist.parallel.plans.mamba_ssm import MAMBA_SSM_PLAN
+from ssm_dist.parallel.plans.mamba_ssm import MAMBA_SSM_MLP, MAMBA_SSM_PLAN
 from ssm_dist.parallel.plans.transformers_jamba import (
     JAMBA_ATTENTION,
     JAMBA_EXPERTS,
@@ -36,7 +36,7 @@ READY: dict[tuple[str, str], ReadyPlan] = {
     ("transformers", "JambaForCausalLM"): ReadyPlan(
         TRANSFORMERS_JAMBA_PLAN, (JAMBA_ATTENTION, JAMBA_MLP, JAMBA_EXPERTS)
     ),
-    ("mamba_ssm", "MambaLMHeadModel"): ReadyPlan(MAMBA_SSM_PLAN),
+    ("mamba_ssm", "MambaLMHeadModel"): ReadyPlan(MAMBA_SSM_PLAN, (MAMBA_SSM_MLP,)),
 }
 """By package and class."""
 
