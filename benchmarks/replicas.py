@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_dist.benchmark.cases import parse_case
+from ssm_dist.benchmark.program import command
 
 PATIENCE = 300.0
 """Seconds that a replica waits for the others."""
@@ -114,7 +115,7 @@ def main() -> None:
         together.abort()
         for process in processes:
             process.join()
-    document = documents[0] | {"command": f"benchmarks/replicas.py {' '.join(sys.argv[1:])}"}
+    document = documents[0] | {"command": command("benchmarks/replicas.py", sys.argv[1:])}
     hardware = document["environment"]["hardware"].removeprefix("1 x ")
     document["environment"]["hardware"] = f"{options.replicas} x {hardware}"
     document["cases"] = [joined(list(of_case)) for of_case in zip(*rows, strict=True)]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ssm_dist.benchmark.cases import Case, parse_case
+from ssm_dist.benchmark.program import command
 from ssm_dist.benchmark.timing import spread
 from ssm_dist.registry import preset
 
@@ -61,7 +62,7 @@ def new_document(system: str, version: str, **libraries: str) -> dict[str, Any]:
         "system": system,
         "version": version,
         "date": datetime.date.today().isoformat(),
-        "command": " ".join([f"benchmarks/peers/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": command(f"benchmarks/peers/{Path(sys.argv[0]).name}", sys.argv[1:]),
         "environment": {"hardware": f"1 x {name}", "torch": torch.__version__, **libraries},
         "cases": [],
     }

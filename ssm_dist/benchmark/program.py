@@ -33,6 +33,9 @@ from ssm_dist.version import __version__
 
 logger = logging.getLogger(__name__)
 
+PLACES = ("--out", "--benchmark.folder", "--benchmark.profile", "--benchmark.commit", "--commit")
+"""Options, with a word after them, that a command is told without."""
+
 Document = dict[str, Any]
 """What a run tells: system, version, environment, and cases, each of which says what it was run with."""
 
@@ -155,7 +158,7 @@ def new_document(config: Config, device: torch.device, rates: Ceilings | None) -
         "version": __version__,
         "commit": config.benchmark.commit or commit(),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(Path(sys.argv[0]).name, sys.argv[1:]),
         "environment": {
             "hardware": f"{config.parallel.tensor} x {name}",
             "torch": torch.__version__,
@@ -167,6 +170,14 @@ def new_document(config: Config, device: torch.device, rates: Ceilings | None) -
         "config": config.model_dump(mode="json", exclude={"benchmark": {"folder", "profile", "commit"}}),
         "cases": [],
     }
+
+
+def command(program: str, words: list[str]) -> str:
+    """What was called, without where it wrote: that is a matter of the machine."""
+    kept = [
+        w for before, w in zip(["", *words], words, strict=False) if before not in PLACES and w not in PLACES
+    ]
+    return " ".join([program, *kept])
 
 
 def commit() -> str | None:

@@ -15,7 +15,7 @@ from ssm_dist.benchmark.breakdown import Profile, is_reduction, own_times, profi
 from ssm_dist.benchmark.cases import Case, cases_of, parse_case
 from ssm_dist.benchmark.floors import decode_bytes, flop_a_token
 from ssm_dist.benchmark.page import page
-from ssm_dist.benchmark.program import run_benchmark
+from ssm_dist.benchmark.program import command, run_benchmark
 from ssm_dist.benchmark.timing import Sample, quantiles
 from ssm_dist.build import build_meta, open_source
 from ssm_dist.config import BenchmarkConfig
@@ -129,6 +129,12 @@ def test_prompts_that_would_be_known_after_the_first_run_are_refused():
     cache = config.cache.model_copy(update={"prefix_device_bytes": 1 << 20})
     with pytest.raises(UserError, match="prefix_device_bytes = 0"):
         run_benchmark(config.model_copy(update={"cache": cache}))
+
+
+def test_a_command_is_told_without_places():
+    words = ["--config", "a.toml", "--benchmark.folder", "/where", "--benchmark.cases", "1x2+3"]
+    assert command("infer.py", words) == "infer.py --config a.toml --benchmark.cases 1x2+3"
+    assert command("peer.py", ["--out", "/where/it.json"]) == "peer.py"
 
 
 def test_a_case_is_written_as_prompts_by_tokens_plus_new_ones():
