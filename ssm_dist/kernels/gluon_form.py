@@ -24,18 +24,40 @@ class Form:
     """Most registers a thread, which also makes the compiler use so many."""
 
 
-ENOUGH = 3800
-"""Warps in all chunks: 1.8 times what 132 multiprocessors hold, so that the last ones to end are few."""
-SHORTEST = 160
-"""Tokens under which a chunk costs more in folding states than it gains."""
+STREAMED = True
+"""Whether inputs that can be read 16 bytes at a time are."""
+SCHEDULERS = 528
+"""132 multiprocessors with four each, and a special-function unit to each scheduler."""
+LATENCY, SHARE = 60, 65
+"""Cycles a token, and for each warp of a scheduler's, by a model of the machine code for 1 to 5 warps."""
+SUMMARY = 0.87
+"""Of a token's cycles, without output."""
+START = 4000
+"""Cycles until a program is under way: states, the first loads, summaries to fold."""
+ENOUGH, SHORTEST = 3800, 160
+"""Warps in all chunks, and tokens of the shortest chunk, where loads go into registers."""
+
+
+def _cycles(tokens: float, warps: int, held: int) -> float:
+    """For so many tokens of each warp, where a scheduler holds at most `held` warps at a time."""
+    waves, rest = divmod(warps, held * SCHEDULERS)
+    last = -(-rest // SCHEDULERS)
+    return waves * (START + tokens * (LATENCY + SHARE * held)) + (
+        START + tokens * (LATENCY + SHARE * last) if rest else 0
+    )
 
 
 @functools.lru_cache(maxsize=4096)
-def choose(tokens: int, sequences: int, channels: int) -> Form:
-    """The form for sequences of about equal lengths.
-
-    The constants are from measurements of 1 x 2048 to 8 x 8192 tokens of 1280 to 8192 channels on an H100.
-    """
+def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
+    """The form for sequences of about equal lengths; streams: as of `gluon_scan`."""
     length, warps = -(-tokens // sequences), sequences * -(-channels // 16)
-    chunks = min(ENOUGH // warps, length // SHORTEST)
-    return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
+    if not (streams and STREAMED):
+        chunks = min(ENOUGH // warps, length // SHORTEST)
+        return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
+    best, form = _cycles(length, warps, 5), Form(0, 1, 1, 1, 4, 96)
+    for chunks in range(3, min(length // 64, 128) + 1):
+        chunk = 16 * -(-length // (16 * chunks))
+        cost = _cycles(SUMMARY * chunk, (chunks - 1) * warps, 4) + _cycles(chunk, chunks * warps, 4)
+        if cost < best:
+            best, form = cost, Form(chunk, 1, 1, 1, 4, 128)
+    return form

@@ -207,7 +207,7 @@ def selective_scan(
     sizes = (x.shape[0], slots.shape[0], x.shape[1])
     gluon = _gluon_form(x.device)
     if gluon and gluon.serves(x, dt, z, B, C):
-        return gluon.scan(*arguments, choose(*sizes))
+        return gluon.scan(*arguments, choose(*sizes, gluon.streams(x, dt, z, B, C)))
     return scan(*arguments, chunk_tokens(*sizes))
 
 

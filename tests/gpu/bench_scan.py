@@ -107,21 +107,23 @@ def chunks_of(length: int, parts: int) -> int:
     return 16 * -(-length // (16 * parts))
 
 
-def forms_for(shape: Shape) -> list[Form]:
-    """The chosen form, and those beside it: other numbers of chunks, registers and stages."""
+def chosen_form(shape: Shape, streams: bool = True) -> Form:
     sequences, length, channels = shape
-    chosen = gluon_form.choose(sequences * length, sequences, channels)
-    forms = [chosen, Form(chosen.chunk, 4, 1 if sequences * channels > 16_000 else 2, 1, 0, None)]
-    variants = [(0, 4, 96), (1, 4, 96), (0, 6, 96), (0, 4, 128)]
-    warps = sequences * -(-channels // 16)
-    if warps > 2000:
-        chunks = [0]
-        variants += [(0, 4, 80), (1, 4, 128), (2, 4, 96)]
-    else:
-        parts = [round(full / warps) for full in (1056, 2112, 3800, 7600)]
-        chunks = [chunks_of(length, n) for n in parts if n > 1]
-        chunks = sorted({n for n in chunks if 64 <= n < length})
-    forms += [Form(chunk, 1, 1, extra, stages, regs) for chunk in chunks for extra, stages, regs in variants]
+    return gluon_form.choose(sequences * length, sequences, channels, streams)
+
+
+def forms_for(shape: Shape) -> list[Form]:
+    """The chosen form, with loads into registers, and those that differ from it in one thing."""
+    sequences, length, channels = shape
+    chosen, warps = chosen_form(shape), sequences * -(-channels // 16)
+    totals = (1056, 2112, 3800, 7600) if warps < 2000 else ()
+    chunks = [chunks_of(length, round(total / warps)) for total in totals if total > 1.5 * warps]
+    few, many = (112, 168) if chosen.chunk else (80, 128)
+    forms = [chosen, chosen_form(shape, False)]
+    forms += [dataclasses.replace(chosen, extra=extra) for extra in (0, 2)]
+    forms += [dataclasses.replace(chosen, registers=most) for most in (few, many, None)]
+    forms += [dataclasses.replace(chosen, stages=6), dataclasses.replace(chosen, chunk=0, registers=96)]
+    forms += [dataclasses.replace(chosen, chunk=n, registers=128) for n in chunks if 64 <= n < length]
     return list(dict.fromkeys(forms))
 
 
@@ -264,7 +266,7 @@ def show(shape: Shape, rows: list[dict[str, Any]]) -> None:
         return
     peer = rows[0]["mamba_ssm_ms"]
     print(f"\n{shape}: floor {rows[0]['floor_ms']:.3f} ms, mamba-ssm {peer} ms", flush=True)
-    chosen = name_of(gluon_form.choose(shape[0] * shape[1], shape[0], shape[2]))
+    chosen = name_of(chosen_form(shape))
     for row in sorted(rows, key=lambda row: row["ms"]):
         errors = f"y {row.get('y', 9):.1e} state {row.get('state', 9):.1e}"
         marks = ("" if row["good"] else "WRONG ") + ("<- chosen" if row["form"] == chosen else "")
@@ -319,8 +321,8 @@ def main() -> None:
     parser.add_argument("--once", type=sized)
     options = parser.parse_args()
     if options.once:
+        form = (*options.forms, chosen_form(options.once))[0]
         sequences, length, channels = options.once
-        form = (*options.forms, gluon_form.choose(sequences * length, sequences, channels))[0]
         arguments = inputs([length] * sequences, channels)
         for _ in range(3):
             gluon_scan.scan(*arguments, form)

@@ -62,7 +62,7 @@ GLUON = {
     "state": "*fp32", "num_warps": 4,
 }  # fmt: skip
 CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
-STREAM = {**GLUON, "WARPS": 1, "EXTRA": 0, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
+STREAM = {**GLUON, "WARPS": 1, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
 STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "maxnreg": 128}
 
 

@@ -158,11 +158,12 @@ def test_32_states() -> None:
     assert_exact((0, 1, 1, 0), [9, 0, 1], channels=48, states=32, groups=3)
 
 
-def test_nan_stays_in_its_channel_and_near_its_token() -> None:
+@pytest.mark.parametrize("form", [(0, 4, 1, 1), (0, 1, 1, 0, 4)], ids=str)
+def test_nan_stays_in_its_channel_and_near_its_token(form: tuple[int, ...]) -> None:
     """It spoils up to three tokens before it, of its channel and sequence, and all that come after there."""
     inputs = scan_inputs([5, 21, 5], 160, 16, 2, torch.bfloat16)
     inputs[0][20, 37] = torch.nan
-    y = scan((0, 4, 1, 1), inputs)
+    y = scan(form, inputs)
     spoilt = torch.zeros_like(y, dtype=torch.bool)
     spoilt[17:26, 37] = True
     assert torch.equal(y.isnan(), spoilt)
