@@ -1,6 +1,6 @@
 """Replicas against tensor parallelism: processes of one GPU each share the prompts of a case evenly.
 
-    python benchmarks/replicas.py --model mamba-2.8b --replicas 2 --cases 64x2048+128 --out replicas.json
+    PYTHONPATH=. python benchmarks/replicas.py --replicas 2 --cases 64x2048+128 --out replicas.json
 
 All replicas start every run together, and a run lasts until the slowest is done. The document that is
 written, and printed as the last line, joins with those of [benchmark] in `ssm-dist report`, on as many GPUs.

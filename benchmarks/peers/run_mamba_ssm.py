@@ -1,6 +1,6 @@
 """mamba-ssm's own generation, on one GPU: decode from its CUDA graphs, prefill by its kernels.
 
-    python benchmarks/peers/run_mamba_ssm.py --out outputs/mamba_ssm.json
+    PYTHONPATH=. python benchmarks/peers/run_mamba_ssm.py --out outputs/mamba_ssm.json
 
 Weights are random, bfloat16, of the real shapes. It keeps bfloat16 states where ours are float32. Needs
 mamba-ssm and causal-conv1d (see build.sh), einops and transformers.
