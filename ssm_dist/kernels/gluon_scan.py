@@ -5,7 +5,8 @@ One program runs one item, a run of tokens of one sequence, for 16 channels a wa
 whole sequences where sequences x channels fill the GPU. Where they do not, sequences are cut into chunks and
 scanned in two passes: the first scans the first chunk of each sequence, and summarises the others but the
 last (end state from a zero start, sum of dt); the second folds the summaries before a chunk into its entering
-state, and scans it.
+state, and scans it. The second starts while the first ends (`dependent_launch`): all else that it reads was
+there before the first, which is launched in the ordinary way.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_form import Form
 from ssm_dist.kernels.gluon_stream import stream
 from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
@@ -99,7 +102,7 @@ def scan_kernel(
     sequences, chunk, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
-    STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program: an item, 16 channels of a group a warp. Summaries: ends (items, D, N), sums (items, D)."""
     LANES: gl.constexpr = lanes(WARPS)
@@ -117,12 +120,18 @@ def scan_kernel(
         last = gl.load(seq_offsets + sequence + 1)
         begin = first
         end = last
+    if PDL and not SECOND:
+        gdc_launch_dependents()
     if begin >= end:
+        if PDL and SECOND:
+            gdc_wait()
         return
     elsewhere = (begin > first) & (end == last) if CHUNKED else False
     if SECOND:
         elsewhere = begin == first
     if elsewhere:
+        if PDL and SECOND:
+            gdc_wait()
         return
 
     thread = gl.arange(0, 32 * WARPS, LANES)
@@ -194,6 +203,8 @@ def scan_kernel(
                 gl.store(sums + b, half + shuffle(half, "bfly", 2), mask=inside & (i == 0))
     else:
         if SECOND:
+            if PDL:
+                gdc_wait()
             earlier = (begin - first) // chunk
             s = _fold(
                 ends - earlier.to(gl.int64) * channels * N, sums - earlier.to(gl.int64) * channels, earlier,
@@ -236,7 +247,9 @@ def scan(
     group_blocks = triton.cdiv(channels // groups, 16 * form.warps)
     if not tokens:
         return y
+    dependent = launch_options(x.device) if form.chunk else {"PDL": False}
     for second in (False, True) if form.chunk else (False,):
+        launch = dependent if second else {"PDL": dependent["PDL"]}  # the second pass alone starts early
         with torch.cuda.device_of(x):
             scan_kernel[(items * groups * group_blocks,)](
                 x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, ends, sums,
@@ -244,6 +257,6 @@ def scan(
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
                 STAGES=form.stages, CHUNKED=form.chunk > 0, SECOND=second,
-                num_warps=form.warps, maxnreg=form.registers, enable_fp_fusion=True,
+                num_warps=form.warps, maxnreg=form.registers, enable_fp_fusion=True, **launch,
             )  # fmt: skip
     return y

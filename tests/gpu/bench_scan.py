@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ssm_dist.kernels import gluon_form, gluon_scan, triton_scan
+from ssm_dist.kernels.dependent_launch import ordinary_launches
 from ssm_dist.kernels.gluon_form import Form
 
 Shape = tuple[int, int, int]
@@ -89,8 +90,12 @@ def gluon(form: Form) -> Run:
     return lambda *arguments: gluon_scan.scan(*arguments, form)
 
 
-def plain(chunk: int) -> Run:
-    return lambda *arguments: triton_scan.scan(*arguments, chunk)
+def ordinary(form: Form) -> Run:
+    def run(*arguments: Any) -> Tensor:
+        with ordinary_launches():
+            return gluon_scan.scan(*arguments, form)
+
+    return run
 
 
 def name_of(form: Form) -> str:
@@ -128,7 +133,11 @@ def forms_for(shape: Shape) -> list[Form]:
 
 
 def runs_for(shape: Shape, more: list[Form]) -> dict[str, Run]:
-    return {name_of(form): gluon(form) for form in dict.fromkeys([*forms_for(shape), *more])}
+    runs = {name_of(form): gluon(form) for form in dict.fromkeys([*forms_for(shape), *more])}
+    chosen = chosen_form(shape)
+    if chosen.chunk:
+        runs[f"{name_of(chosen)}, ordinary launches"] = ordinary(chosen)
+    return runs
 
 
 def check(run: Run, arguments: list[Any], some: Tensor, wanted: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -271,7 +280,7 @@ def show(shape: Shape, rows: list[dict[str, Any]]) -> None:
         errors = f"y {row.get('y', 9):.1e} state {row.get('state', 9):.1e}"
         marks = ("" if row["good"] else "WRONG ") + ("<- chosen" if row["form"] == chosen else "")
         print(
-            f"  {row['ms']:8.4f} ms {(peer or 0) / row['ms']:5.2f}x  {row['form']:28s} {errors} {marks}",
+            f"  {row['ms']:8.4f} ms {(peer or 0) / row['ms']:5.2f}x  {row['form']:44s} {errors} {marks}",
             flush=True,
         )
 

@@ -59,11 +59,11 @@ SCAN = {
 }  # fmt: skip
 GLUON = {
     "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "STAGES": 0, "CHUNKED": False, "SECOND": False,
-    "state": "*fp32", "num_warps": 4,
+    "PDL": False, "state": "*fp32", "num_warps": 4,
 }  # fmt: skip
-CHUNKED = {**GLUON, "CHUNKED": True, "DEPTH": 2}
+CHUNKED = {**GLUON, "CHUNKED": True, "PDL": True, "DEPTH": 2}
 STREAM = {**GLUON, "WARPS": 1, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
-STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "maxnreg": 128}
+STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": 128}
 
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
