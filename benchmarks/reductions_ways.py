@@ -12,9 +12,11 @@ from ssm_dist.kernels import add_rms_norm, rms_normalize
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import (
     splits_residual,
+    sums_in_place,
     tp_all_reduce,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
+    tp_all_reduce_spent,
 )
 
 Run = Callable[[], Tensor]
@@ -39,19 +41,25 @@ WAYS = {
 
 
 def plain_run(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
-    """The sum of x. With algorithm nccl in place: of x the first time, then of zeros, which stay finite."""
-    if algorithm != "nccl":
-        return lambda: tp_all_reduce(x, tp.group, codec, group_size, algorithm)
-    buffer, handle = x.clone(), tp.mesh.get_group()
-    dist.all_reduce(buffer, group=handle)
-    first = [buffer.clone()]
-    buffer.zero_()
+    """The sum of x. In place, as NCCL's is: of x the first time, then of zeros, which stay finite."""
+    how, buffer = (tp.group, codec, group_size, algorithm), x.clone()
+    if algorithm != "nccl" and not _in_place(x, tp, codec, group_size, algorithm):
+        return lambda: tp_all_reduce(x, *how)
 
     def in_place() -> Tensor:
-        dist.all_reduce(buffer, group=handle)
+        if algorithm != "nccl":
+            return tp_all_reduce_spent(buffer, *how)
+        dist.all_reduce(buffer, group=tp.mesh.get_group())
         return buffer
 
+    first = [in_place().clone()]
+    buffer.zero_()
     return lambda: first.pop() if first else in_place()
+
+
+def _in_place(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> bool:
+    """Whether a model's own sum would be; `all_reduce` shows what the operator costs, which is not."""
+    return algorithm == "auto" and sums_in_place(x, tp.group, codec, group_size, algorithm)
 
 
 def small_run(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
@@ -70,7 +78,7 @@ def fused_run(residual: Tensor, weight: Tensor) -> Callable[..., Run]:
 
     def make(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
         args, how = (weight, 1e-5, tp.group), (codec, group_size, algorithm)
-        if algorithm == "nccl":
+        if algorithm == "nccl" or _in_place(x, tp, *how):
             run = plain_run(x, tp, *how)
             return lambda: add_rms_norm(run(), residual, weight, 1e-5)[0]
         stripe = -(-len(x) // tp.degree)

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from ssm_dist.kernels import add_rms_norm, linear
 from ssm_dist.parallel.collectives import (
     splits_residual,
+    sums_in_place,
     tp_all_gather,
-    tp_all_reduce,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
+    tp_all_reduce_spent,
 )
 from ssm_dist.parallel.mesh import TensorParallel
 
@@ -158,6 +159,8 @@ class ReduceAddNorm(Style):
                 return add_rms_norm(None, residual, weight, eps)
             if self.may_split and residual is not None and splits_residual(branch, group, *how):
                 return tp_all_reduce_add_rms_norm_split(branch, residual, weight, eps, group, degree, *how)
+            if sums_in_place(branch, group, *how):
+                return add_rms_norm(tp_all_reduce_spent(branch, group, *how), residual, weight, eps)
             return tp_all_reduce_add_rms_norm(branch, residual, weight, eps, group, *how)
 
         module.forward = forward
@@ -173,7 +176,8 @@ class ReduceAdd(Style):
         def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
             if branch is None:
                 return residual
-            return residual + tp_all_reduce(branch, group, wire.codec, wire.group_size, wire.algorithm)
+            how = (wire.codec, wire.group_size, wire.algorithm)
+            return residual + tp_all_reduce_spent(branch, group, *how)
 
         module.forward = forward
 
@@ -199,7 +203,7 @@ class HeadwiseReduce(Style):
         if span > 1:
             group, wire = tp.subgroup(span), tp.reductions.x_proj
             module.register_forward_hook(
-                lambda _module, _inputs, output: tp_all_reduce(
+                lambda _module, _inputs, output: tp_all_reduce_spent(
                     output, group, wire.codec, wire.group_size, wire.algorithm
                 )
             )
@@ -232,7 +236,7 @@ class VocabParallelEmbedding(Style):
             mine = (local >= 0) & (local < rows)
             found = F.embedding(torch.where(mine, local, 0), weight_of(module))
             mine_only = torch.where(mine[:, None], found, 0)
-            return tp_all_reduce(mine_only, group, wire.codec, wire.group_size, wire.algorithm)
+            return tp_all_reduce_spent(mine_only, group, wire.codec, wire.group_size, wire.algorithm)
 
         module.forward = forward
 

@@ -25,6 +25,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
+    tp_all_reduce_spent,
 )
 
 DEVICE = "cpu"
@@ -95,6 +96,19 @@ def strided_sum(case: Case) -> tuple[bool, bool]:
     total = tp_all_reduce(given, tp.group, case.codec, case.group_size)
     dense = tp_all_reduce(x, tp.group, case.codec, case.group_size)
     return torch.equal(total[0], dense), torch.equal(wide[:, ::2], x)
+
+
+def spent_sums() -> list[tuple[bool, bool]]:
+    """Of tensors whose memory may be taken: whether it was, and whether the sum is right."""
+    tp, found = all_ranks(), []
+    for codec, x in (
+        ("none", torch.ones(4, 6)),
+        ("int8", torch.ones(4, 6)),
+        ("none", torch.ones(4, 6)[:, ::2]),
+    ):
+        total = tp_all_reduce_spent(x, tp.group, codec, 32)
+        found.append((total.data_ptr() == x.data_ptr(), bool((total == tp.degree).all())))
+    return found
 
 
 def fused_and_apart(case: Case, with_residual: bool) -> tuple[Tensor, Tensor, bool]:

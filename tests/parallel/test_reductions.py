@@ -12,6 +12,7 @@ from tests.parallel.reductions_on_ranks import (
     check_ops,
     compiled_and_eager,
     fused_and_apart,
+    spent_sums,
     split_residual,
     strided_sum,
     sums,
@@ -97,6 +98,10 @@ def test_what_is_no_number_stays_none_in_its_group(
 def test_a_strided_input_is_taken_and_left_alone(codec: str, group_size: int) -> None:
     case = Case("normal", 5, 70, torch.bfloat16, codec, group_size)
     assert run_on_ranks(2, strided_sum, case) == [(True, True)] * 2
+
+
+def test_memory_that_nobody_needs_holds_an_exact_sum_of_the_process_group() -> None:
+    assert run_on_ranks(2, spent_sums) == [[(True, True), (False, True), (False, True)]] * 2
 
 
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "first"])

@@ -18,9 +18,11 @@ from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather,
 from ssm_dist.parallel.collectives.groups import carrier, register_group
 from ssm_dist.parallel.collectives.ops import (
     splits_residual,
+    sums_in_place,
     tp_all_reduce,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
+    tp_all_reduce_spent,
 )
 from ssm_dist.parallel.collectives.selection import EXACT, Reductions, Wire
 
@@ -33,11 +35,13 @@ __all__ = [
     "carrier",
     "register_group",
     "splits_residual",
+    "sums_in_place",
     "tp_all_gather",
     "tp_all_max",
     "tp_all_reduce",
     "tp_all_reduce_add_rms_norm",
     "tp_all_reduce_add_rms_norm_split",
+    "tp_all_reduce_spent",
     "wait_for_device",
     "wait_for_event",
 ]

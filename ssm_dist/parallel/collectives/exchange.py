@@ -20,9 +20,9 @@ from ssm_dist.parallel.collectives.failures import Call, wait
 from ssm_dist.parallel.collectives.gather import all_gather
 
 
-def all_reduce(x: Tensor, call: Call) -> Tensor:
-    """The process group's own sum, in a fresh tensor."""
-    total = x.clone(memory_format=torch.contiguous_format)
+def all_reduce(x: Tensor, call: Call, in_place: bool = False) -> Tensor:
+    """The process group's own sum, in a fresh tensor or in x itself, which is contiguous then."""
+    total = x if in_place else x.clone(memory_format=torch.contiguous_format)
     if call.group.backend == "nccl":
         dist.all_reduce(total, group=call.group.handle)
     else:

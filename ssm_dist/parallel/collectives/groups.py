@@ -68,6 +68,11 @@ def group_named(name: str) -> Group:
     return _groups[name]
 
 
+def is_registered(name: str) -> bool:
+    """Whether a group has that name: those of `parallel.simulated` have names alone."""
+    return name in _groups
+
+
 def group_with_parts(name: str) -> list[Group]:
     """The group of that name, and those of some of its ranks that this one is in."""
     return [group for known, group in _groups.items() if known == name or known.startswith(f"{name}/")]

@@ -9,7 +9,7 @@ from ssm_dist.kernels import add_rms_norm
 from ssm_dist.kernels.operators import operator
 from ssm_dist.parallel.collectives.exchange import all_reduce, exchange, exchange_add_rms_norm
 from ssm_dist.parallel.collectives.failures import Call
-from ssm_dist.parallel.collectives.groups import Group, group_named
+from ssm_dist.parallel.collectives.groups import Group, group_named, is_registered
 from ssm_dist.parallel.collectives.selection import choose
 from ssm_dist.parallel.collectives.tables import ON_THE_PROCESS_GROUP, SERVING
 
@@ -112,6 +112,32 @@ def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, al
         return False
     chosen = choose(ranks, partial, codec, group_size, algorithm, with_norm=True)
     return chosen == "bulk" and ranks.memory.fits_in_one_block(partial, codec, group_size)
+
+
+def tp_all_reduce_spent(
+    x: Tensor, group: str, codec: str = "none", group_size: int = 128, algorithm: str = "auto"
+) -> Tensor:
+    """As `tp_all_reduce`, for an x that nobody needs afterwards: its memory may hold the sum."""
+    how = (codec, group_size, algorithm)
+    if not sums_in_place(x, group, *how):
+        total: Tensor = tp_all_reduce(x, group, *how)
+        return total
+    ranks = group_named(group)
+    ranks.calls += 1
+    return all_reduce(x, Call.of(ranks, "all-reduce", x), in_place=True)
+
+
+def sums_in_place(x: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
+    """Whether x (..., width) can become its sum, without a copy: by the process group's own, in eager code.
+
+    An operator, as compiled code has it, returns new tensors.
+    """
+    if torch.compiler.is_compiling() or not is_registered(group):
+        return False
+    ranks = group_named(group)
+    if ranks.size == 1 or x.numel() == 0 or x.requires_grad or not x.is_contiguous():
+        return False
+    return choose(ranks, x.view(-1, x.shape[-1]), codec, group_size, algorithm) == "all_reduce"
 
 
 def _reduced(x: Tensor, group: Group, codec: str, group_size: int, algorithm: str, name: str) -> Tensor:
