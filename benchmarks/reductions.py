@@ -7,7 +7,8 @@ Each case captures several calls in a graph and replays it; a time is the median
 slowest rank. `nccl` is NCCL's all-reduce in place, and nothing else (with its norm in the fused section);
 `all_reduce` is the same by our operator, into a fresh tensor; `auto` is what a model does, which may sum in
 place. Beside a time: the relative L2 error against the float32 sum, and whether all ranks hold the same bits.
-Written after every case: OUT.json, OUT.md and, from the section plain, OUT.table.json, for `[reduction] table`.
+Written after every case: OUT.json, OUT.md and, from the section plain, OUT.table.json, which is for
+`[reduction] table`.
 
 No new case begins after --seconds; a case that fails is recorded with its error, and one that hangs ends the
 run after --case-seconds, while what was measured stays. On a CPU it tries the program, at tiny sizes.
