@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class Form:
@@ -22,6 +24,19 @@ class Form:
     """Tiles of eight tokens in shared memory, 4 or more, for one warp a program; 0: loads into registers."""
     registers: int | None = None
     """Most registers a thread, which also makes the compiler use so many."""
+
+
+def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether the kernel can take such inputs: 16-bit, 16, 32 or 64 states, and readable in pairs."""
+    pairs = all(t.data_ptr() % 4 == 0 and not any(n % 2 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
+    channels = x.shape[1] // B.shape[1]
+    return x.element_size() == 2 and B.shape[2] in (16, 32, 64) and channels % 2 == 0 and pairs
+
+
+def streams(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
+    """Whether a form with stages can, too: 16 states, and readable 16 bytes at a time."""
+    eights = all(t.data_ptr() % 16 == 0 and not any(n % 8 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
+    return B.shape[2] == 16 and x.shape[1] // B.shape[1] % 8 == 0 and eights
 
 
 STREAMED = True
@@ -49,7 +64,7 @@ def _cycles(tokens: float, warps: int, held: int) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
-    """The form for sequences of about equal lengths; streams: as of `gluon_scan`."""
+    """The form for sequences of about equal lengths; streams: whether the inputs are such."""
     length, warps = -(-tokens // sequences), sequences * -(-channels // 16)
     if not (streams and STREAMED):
         chunks = min(ENOUGH // warps, length // SHORTEST)

@@ -220,19 +220,6 @@ def scan_kernel(
             _store_states(state, s, inside, N)
 
 
-def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether the kernel can take such inputs: 16-bit, 16, 32 or 64 states, and readable in pairs."""
-    pairs = all(t.data_ptr() % 4 == 0 and not any(n % 2 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
-    channels = x.shape[1] // B.shape[1]
-    return x.element_size() == 2 and B.shape[2] in (16, 32, 64) and channels % 2 == 0 and pairs
-
-
-def streams(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
-    """Whether a form with stages can, too: 16 states, and readable 16 bytes at a time."""
-    eights = all(t.data_ptr() % 16 == 0 and not any(n % 8 for n in t.stride()[:-1]) for t in (x, dt, z, B, C))
-    return B.shape[2] == 16 and x.shape[1] // B.shape[1] % 8 == 0 and eights
-
-
 def scan(
     x: Tensor, dt: Tensor, A_log: Tensor, B: Tensor, C: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
     state: Tensor, seq_offsets: Tensor, slots: Tensor, form: Form,

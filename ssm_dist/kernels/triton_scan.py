@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend
-from ssm_dist.kernels.gluon_form import choose
+from ssm_dist.kernels.gluon_form import choose, serves, streams
 from ssm_dist.kernels.triton_common import LOG2_E, chunk_of_program, exp2, only_if, silu, softplus
 
 BLOCK = 32
@@ -206,8 +206,8 @@ def selective_scan(
     arguments = (x, dt, A_log, B, C, D, z, dt_bias, state, seq_offsets, slots)
     sizes = (x.shape[0], slots.shape[0], x.shape[1])
     gluon = _gluon_form(x.device)
-    if gluon and gluon.serves(x, dt, z, B, C):
-        return gluon.scan(*arguments, choose(*sizes, gluon.streams(x, dt, z, B, C)))
+    if gluon and serves(x, dt, z, B, C):
+        return gluon.scan(*arguments, choose(*sizes, streams(x, dt, z, B, C)))
     return scan(*arguments, chunk_tokens(*sizes))
 
 

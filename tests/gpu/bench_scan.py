@@ -293,9 +293,9 @@ def compile_all(shapes: list[Shape], more: list[Form]) -> None:
     """All kernels into Triton's cache on disk, by processes that share what this one has imported."""
     todo: dict[str, tuple[Run, dict[str, Any]]] = {}
     for shape in shapes:
-        for form in [*forms_for(shape), *more]:
-            kind = name_of(dataclasses.replace(form, chunk=min(form.chunk, 1)))
-            todo.setdefault(kind, (gluon(form), {"channels": shape[2]}))
+        for name, run in runs_for(shape, more).items():
+            chunk, rest = name.removeprefix("gluon ").split(",", 1)
+            todo.setdefault(f"{chunk != '0'} {rest}", (run, {"channels": shape[2]}))
     for case, forms in EDGES:
         for form in forms:
             todo[f"{case} {name_of(form)}"] = (gluon(form), case)

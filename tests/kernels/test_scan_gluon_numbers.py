@@ -98,12 +98,12 @@ def emulated(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 def scan(form: tuple[int, ...], inputs: list[Any]) -> Tensor:
     """In a form (chunk, warps, depth, extra, stages)."""
-    from ssm_dist.kernels import gluon_scan
+    from ssm_dist.kernels import gluon_form, gluon_scan
 
     read = (inputs[0], inputs[1], inputs[6], inputs[3], inputs[4])
-    assert gluon_scan.serves(*read)
-    assert len(form) < 5 or gluon_scan.streams(*read)
-    return gluon_scan.scan(*[*inputs, gluon_scan.Form(*form)])
+    assert gluon_form.serves(*read)
+    assert len(form) < 5 or gluon_form.streams(*read)
+    return gluon_scan.scan(*[*inputs, gluon_form.Form(*form)])
 
 
 def assert_exact(
