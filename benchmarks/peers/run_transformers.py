@@ -1,6 +1,6 @@
 """transformers' own classes and `generate`, on one GPU, with the kernels that they find.
 
-    PYTHONPATH=. python benchmarks/peers/run_transformers.py --models mamba-2.8b --out outputs/transformers.json
+    PYTHONPATH=. python benchmarks/peers/run_transformers.py --models zamba-7b --out outputs/hf.json
 
 Weights are random, bfloat16, of the real shapes. The classes take mamba-ssm's and causal-conv1d's kernels
 where those are installed, and loop over tokens in Python else: then most cases run out of --case-seconds.
