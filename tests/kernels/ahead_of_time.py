@@ -29,6 +29,7 @@ from ssm_dist.kernels import (
     triton_conv,
     triton_linear,
     triton_norm,
+    triton_projected_conv,
     triton_projected_update,
     triton_scan,
     triton_update,
@@ -37,7 +38,8 @@ from ssm_dist.kernels import (
 
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
-              "value_pages", "given"],
+              "value_pages", "given", "taps",
+              "projected"],
     "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals",
               "parts"],
     "*i32": ["seq_offsets", "slots", "pages", "counters"],
@@ -68,7 +70,11 @@ STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": 128}
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
 PROJECTED = {"RANK": 160, "N": 16, "RMS": True, "BLOCK_R": 256, "eps": "fp32", "state": "*fp32"}
-MATRIX = {"TRANSPOSED": 0, "SHARED": True, "WHOLE": True, "HAS_BIAS": True}
+PROJECTED_CONV = {"WIDTH": 4, "OUTPUTS": 192, "HAS_BIAS": True, "BLOCK_R": 256, "state": "*bf16"}
+MATRIX = {
+    "TRANSPOSED": 0, "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
+    "BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 512, "num_warps": 4, "num_stages": 4,
+}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -100,11 +106,12 @@ KERNELS: dict[str, Case] = {
     "scan, 32 states": Case(triton_scan._scan_kernel, {**SCAN, "N": 32}, "", (90,)),
     "linear, 1 row": Case(triton_linear._vector_kernel, {**VECTOR, "TOKENS": 1}, "linear_vector", (90,)),
     "linear, 4 rows": Case(triton_linear._vector_kernel, {**VECTOR, "K": 2560, "TOKENS": 4}, "linear_vector"),
-    "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
-    "linear, transposed": Case(
-        triton_linear._matrix_kernel, {**MATRIX, "TRANSPOSED": 192, "BLOCK_T": 16}, "linear_transposed"
+    "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}),
+    "linear, transposed": Case(triton_linear._matrix_kernel, {**MATRIX, "TRANSPOSED": 192, "BLOCK_T": 16}),
+    "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}),
+    "projected conv": Case(
+        triton_projected_conv._projected_conv_kernel, PROJECTED_CONV, "projected_conv_update"
     ),
-    "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}, "linear_64"),
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
     ),
@@ -143,7 +150,7 @@ def compiled(
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
 
 
-def _inspected(kernel: CompiledKernel, *command: str) -> str:
+def inspected(kernel: CompiledKernel, *command: str) -> str:
     """What a tool of the CUDA toolkit says about the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -153,7 +160,7 @@ def _inspected(kernel: CompiledKernel, *command: str) -> str:
 
 def resources(kernel: CompiledKernel) -> dict[str, int]:
     """Registers and bytes of stack (spills) a thread."""
-    usage = _inspected(kernel, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
+    usage = inspected(kernel, triton.knobs.nvidia.cuobjdump.path, "-res-usage")
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert found is not None, usage
     return {"registers": int(found[1]), "stack": int(found[2])}
@@ -164,7 +171,7 @@ def longest_loop(kernel: CompiledKernel) -> Counter[str]:
     instructions: list[str] = []
     labels: dict[str, int] = {}
     longest: list[str] = []
-    for line in _inspected(kernel, triton.knobs.nvidia.nvdisasm.path).splitlines():
+    for line in inspected(kernel, triton.knobs.nvidia.nvdisasm.path).splitlines():
         if label := re.match(r"(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
         elif found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([^;]+);", line):
@@ -191,7 +198,7 @@ def all_resources() -> Iterator[dict[str, Any]]:
 def ptx(request: dict[str, Any]) -> str:
     """Of a kernel for its first architecture, with `given` over its own."""
     case = KERNELS[request["kernel"]]
-    given = {**case.given, **request["given"]}
+    given = {**case.given, **request["given", "taps", "projected"]}
     return compiled(case.kernel, given, case.architectures[0], tuple(request["unaligned"])).asm["ptx"]
 
 
