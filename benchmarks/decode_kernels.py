@@ -1,6 +1,6 @@
 """Linear layers of few rows by configuration, and whole decode steps by what serves them, on one GPU.
 
-    python benchmarks/decode_kernels.py [--seconds 90] [--out decode_kernels.json]
+    python -m benchmarks.decode_kernels [--seconds 90] [--out decode_kernels.json]
 
 Part 1: decode steps of whole models with random weights, from token ids to logits, captured in a CUDA graph;
 milliseconds. Part 2: the linear layers that a rank holds, by the candidates of the tuning table and by torch,
@@ -42,8 +42,8 @@ VECTOR = [
 MATRIX = [
     {"BLOCK_N": n, "BLOCK_K": k, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
     for n, k, ahead, programs, stages in (
-        (64, 128, 512, 396, 4), (64, 128, 0, 396, 4), (64, 64, 512, 396, 6), (128, 64, 512, 264, 4),
-        (64, 128, 512, 264, 5), (128, 128, 512, 132, 4),
+        (64, 64, 0, 264, 6), (64, 128, 0, 264, 4), (128, 64, 0, 264, 4), (64, 64, 512, 264, 6),
+        (64, 128, 0, 132, 5), (128, 128, 0, 132, 3),
     )
 ]  # fmt: skip
 ROWS = {"linear_vector": (1, 4), "linear_16": (16,), "linear_32": (32,), "linear_64": (64,)}
@@ -51,16 +51,20 @@ ROWS = {"linear_vector": (1, 4), "linear_16": (16,), "linear_32": (32,), "linear
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
           ("falcon-mamba-7b", 4), ("zamba-7b", 1), ("zamba-7b", 4)]  # fmt: skip
 """Model and degree, in the order in which the time is spent."""
-STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1)]
+STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("mamba-2.8b", 16), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1)]
 """Model and sequences."""
-JOINED = ["projected_state_update"]
+JOINED = ["projected_conv_update", "projected_state_update"]
 VARIANTS = {
     "torch": (["linear", *JOINED], True),
     "ordinary": ([], True),
     "separate": (JOINED, False),
     "dependent": ([], False),
+    "tensor cores": ([], False),
 }
-"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way."""
+"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way.
+
+"tensor cores": our products of 5 to 64 rows, too, as the first candidate has them.
+"""
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
 
@@ -70,7 +74,9 @@ def variant(name: str) -> Iterator[None]:
     """What serves a decode step: see VARIANTS."""
     definitions, ordinary = VARIANTS[name]
     launches = dependent_launch.ordinary_launches() if ordinary else contextlib.nullcontext()
-    with launches, backend.using("triton", "cuda", definitions=definitions):
+    with launches, backend.using("triton", "cuda", definitions=definitions), contextlib.ExitStack() as stack:
+        for op in ROWS if name == "tensor cores" else ():
+            stack.enter_context(tuning.forced(op, (VECTOR if op == "linear_vector" else MATRIX)[0]))
         yield
 
 
@@ -184,11 +190,8 @@ def main() -> None:
         report["steps"].append(step_row(name, model, sequences, clock, copy))
     model = None
     console = Console(width=180)
-    console.print(
-        table(
-            report["steps"], "Decode steps, ms", {"model": "", "sequences": "d", **times, "separate": ".2f"}
-        )
-    )
+    columns = {"model": "", "sequences": "d", **times, "separate": ".2f", "tensor cores": ".2f"}
+    console.print(table(report["steps"], "Decode steps, ms", columns))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
     console.print(table([_named(row) for row in report["layers"]], "Linear layers, us", columns))

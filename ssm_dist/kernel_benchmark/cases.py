@@ -73,6 +73,7 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
                 yield _conv(sizes, sequences, 1)
                 yield _scan(sizes, sequences, 1)
             for sequences in FEW_SEQUENCES:
+                yield _projected_conv(sizes, config.dt_rank, sequences)
                 yield _projected(sizes, config.dt_rank, sequences)
             for columns, width in linear_layers(config, degree):
                 yield from (_linear(model, degree, columns, width, rows) for rows in FEW_ROWS)
@@ -150,6 +151,16 @@ def _scan(sizes: _Sizes, sequences: int, tokens: int) -> Case:
     op = "selective_state_update" if update else "selective_scan"
     special = rows * channels * (states + 4)
     return Case(op, sizes.model, sizes.degree, sequences, tokens, channels, make, moved, 0, special)
+
+
+def _projected_conv(sizes: _Sizes, rank: int, sequences: int) -> Case:
+    update, outputs = _conv(sizes, sequences, 1), rank + 2 * sizes.states
+
+    def make(device: torch.device) -> list[Any]:
+        return [*update.make(device), _normal(sizes.channels, outputs, device=device), sizes.groups]
+
+    moved = update.bytes + HALF * outputs * (sizes.channels + sequences * sizes.groups)
+    return dataclasses.replace(update, op="projected_conv_update", make=make, bytes=moved)
 
 
 def _projected(sizes: _Sizes, rank: int, sequences: int) -> Case:

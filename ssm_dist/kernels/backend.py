@@ -30,6 +30,7 @@ SERVES: dict[str, dict[str, str]] = {
     "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "linear": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
+    "projected_conv_update": {"triton": "triton", "mamba_ssm": "reference"},
     "projected_state_update": {"triton": "triton", "mamba_ssm": "reference"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
@@ -42,7 +43,7 @@ MODULES = {
     "reference": (),
     "triton": (
         "triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention", "triton_codecs",
-        "triton_linear", "triton_projected_update",
+        "triton_linear", "triton_projected_conv", "triton_projected_update",
     ),
     "mamba_ssm": ("mamba_ssm_backend",),
 }  # fmt: skip

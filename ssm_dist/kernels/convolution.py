@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.linear import project_heads
 from ssm_dist.kernels.ragged import place_in_sequence, sequence_of_token
 
 
@@ -28,6 +29,16 @@ def causal_conv_update(
 ) -> Tensor:
     """`causal_conv` for exactly one token a sequence: x (S, D), slots (S,); returns (S, D)."""
     return backend.implementation("causal_conv_update")(x, weight, bias, state, slots)
+
+
+def projected_conv_update(
+    x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, weight: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """`causal_conv_update` by weights `taps`, and its output y (S, D) through x_proj.
+
+    weight: (D, R), x_proj's. Returns y and (S, heads, R), see `project_heads`.
+    """
+    return backend.implementation("projected_conv_update")(x, taps, bias, state, slots, weight, heads)
 
 
 @backend.register("causal_conv", "reference")
@@ -81,3 +92,12 @@ def causal_conv_update_reference(
     total = torch.einsum("skd,dk->sd", window, weight.to(wide))
     state[slots.long()] = window[:, 1:].to(state.dtype)
     return F.silu(total if bias is None else total + bias.to(wide)).to(x.dtype)
+
+
+@backend.register("projected_conv_update", "reference")
+def projected_conv_update_reference(
+    x: Tensor, taps: Tensor, bias: Tensor | None, state: Tensor, slots: Tensor, weight: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """The definition of `projected_conv_update`: the ops that it consists of, in the selected backend."""
+    y = causal_conv_update(x, taps, bias, state, slots)
+    return y, project_heads(y, weight, heads)

@@ -16,6 +16,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return backend.implementation("linear")(x, weight, bias)
 
 
+def project_heads(x: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """Each head of channels times its part of the weight: x (T, C), weight (C, K) -> (T, heads, K).
+
+    Head h consists of the channels h * C / heads ... (h + 1) * C / heads - 1.
+    """
+    if heads == 1:
+        return linear(x, weight.T)[:, None]
+    return torch.einsum("tgc,gcr->tgr", x.unflatten(1, (heads, -1)), weight.unflatten(0, (heads, -1)))
+
+
 def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
     """Each head of inputs times its part of the weight: x (T, G, K), weight (N, K) -> (T, N).
 

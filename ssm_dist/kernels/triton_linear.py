@@ -3,12 +3,11 @@
 Up to 4 rows multiply on the ordinary units: a program holds whole rows of the weight in registers, all asked
 for before it waits for its input. From 5 rows on, the tensor cores multiply: tiles of the weight from the
 left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few tiles to occupy the
-GPU, several programs share the sum of one, and the last to finish adds up their parts, in order.
+GPU, several programs share the sum of one.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -21,15 +20,14 @@ from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options, prefetch, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import factor
+from ssm_dist.kernels.triton_shares import COUNTERS, counters, last_to_finish
 
 MOST_ROWS = 64
-"""Beyond, cuBLAS is near the memory's bandwidth or bound by arithmetic."""
+"""Beyond, torch's product is near the memory's bandwidth or bound by arithmetic."""
 
 VECTOR_ROWS = 4
 HELD = {1: 384, 2: 256, 3: 160, 4: 160}
 """Rows -> bytes of the weight in a thread's registers at most: each row takes registers for its sums."""
-COUNTERS = 4096
-"""Tiles of a weight whose sum programs share, at most."""
 
 
 @triton.jit
@@ -42,7 +40,7 @@ def columns_of(row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, START: tl.constex
     return tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])
 def _vector_kernel(
     x, weight, bias, y, x_row, columns,
     K: tl.constexpr, TOKENS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
@@ -92,16 +90,6 @@ def _vector_kernel(
     for t in tl.static_range(TOKENS):
         total = tl.sum(sums[t], 1) + offset
         tl.store(y + t * columns.to(tl.int64) + n, total.to(y.dtype.element_ty), mask=n < columns)
-
-
-@triton.jit
-def _last_to_finish(counter, programs):
-    """Whether all programs that share a counter have stored what they have; resets it then."""
-    tl.debug_barrier()
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
-    if last:
-        tl.store(counter, 0)
-    return last
 
 
 @triton.jit(do_not_specialize=["tokens", "shares"])
@@ -154,7 +142,7 @@ def _matrix_kernel(
     if SHARED:
         size = tokens.to(tl.int64) * columns
         tl.store(parts + share * size + cell, sums, mask=inside)
-        last = _last_to_finish(counters + tile, shares)
+        last = last_to_finish(counters + tile, shares)
         if last:
             sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             for other in range(shares):
@@ -189,27 +177,30 @@ def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
 def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
-    rows = next(rows for rows in (16, 32, 64) if tokens <= rows)
-    transposed = columns > 1 and weight.stride(0) == 1
-    op = "linear_transposed" if transposed else f"linear_{rows}"
-    config = dict(tuning.configuration(op, weight.numel(), x.device))
+    rows, transposed = _padded(tokens), not weight.is_contiguous()
+    config = dict(_matrix_configuration(x, weight))
     tiles, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
     shares = min(max(1, config.pop("PROGRAMS") // tiles), steps) if tiles <= COUNTERS else 1
     span = triton.cdiv(steps, shares) * config["BLOCK_K"]
     shares = triton.cdiv(width, span)
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     _matrix_kernel[(tiles * shares,)](
-        x, weight, bias, y, parts, _counters(x.device), x.stride(0), tokens, columns, width, span, shares,
+        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares,
         TRANSPOSED=columns if transposed else 0, SHARED=shares > 1,
         WHOLE=width % config["BLOCK_K"] == 0 and (not transposed or columns * x.element_size() % 16 == 0),
         HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),
     )  # fmt: skip
 
 
-@functools.cache
-def _counters(device: torch.device) -> Tensor:
-    """(COUNTERS,) int32 zeros, which every launch leaves as zeros. One stream at a time may use them."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+def _padded(tokens: int) -> int:
+    return next(rows for rows in (16, 32, 64) if tokens <= rows)
+
+
+def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
+    """Empty where torch's product is faster."""
+    if weight.is_contiguous():
+        return tuning.configuration(f"linear_{_padded(x.shape[0])}", weight.numel(), x.device)
+    return tuning.configuration("linear_transposed", x.shape[0], x.device)
 
 
 def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -218,9 +209,10 @@ def _outputs(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @operator("linear", fake=_outputs)
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    assert _serves(x, weight)
     y = _outputs(x, weight, bias)
     with torch.cuda.device_of(x):
-        by_vector = x.shape[0] <= VECTOR_ROWS and weight.stride(1) == 1
+        by_vector = x.shape[0] <= VECTOR_ROWS and weight.is_contiguous()
         (_vector if by_vector else _matrix)(x, weight, bias, y)
     return y
 
@@ -230,7 +222,9 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         return False
     if weight.is_contiguous() and x.shape[0] <= VECTOR_ROWS:
         return True
-    return x.element_size() == 2 and (weight.is_contiguous() or weight.T.is_contiguous())
+    if x.element_size() > 2 or not (weight.is_contiguous() or weight.T.is_contiguous()):
+        return False
+    return bool(_matrix_configuration(x, weight))
 
 
 @backend.register("linear", "triton")

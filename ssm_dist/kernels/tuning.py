@@ -60,6 +60,14 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
         ],
     },
+    # up to 4 sequences; size: channels
+    "projected_conv_update": {
+        90: [
+            (2048, {"BLOCK_D": 32, "BLOCK_P": 16, "num_warps": 4}),
+            (ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 4}),
+        ],
+        80: [(ANY, {"BLOCK_D": 32, "BLOCK_P": 16, "num_warps": 4})],
+    },
     # up to 8 sequences; size: channels
     "projected_state_update": {
         90: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
@@ -86,22 +94,25 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
     },
-    # up to 64 rows, by a transposed weight; size: its numbers
+    # by a transposed weight; size: rows
     "linear_transposed": {
-        90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 1, "PROGRAMS": 96, **FOUR_DEEP})],
+        90: [
+            (4, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
+            (ANY, {}),
+        ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP})],
     },
-    # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums
+    # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch
     "linear_16": {
-        90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 512, "PROGRAMS": 396, **FOUR_DEEP})],
+        90: [(ANY, {})],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
     },
     "linear_32": {
-        90: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 512, "PROGRAMS": 396, **FOUR_DEEP})],
+        90: [(ANY, {})],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
     },
     "linear_64": {
-        90: [(ANY, {"BLOCK_N": 128, "BLOCK_K": 64, "AHEAD": 512, "PROGRAMS": 264, **FOUR_DEEP})],
+        90: [(ANY, {})],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
     },
 }

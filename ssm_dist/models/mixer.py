@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_dist import kernels
-from ssm_dist.kernels.linear import linear_by_head
+from ssm_dist.kernels.linear import linear_by_head, project_heads
 from ssm_dist.models.batch import MixerState, RaggedBatch
 from ssm_dist.models.layers import Linear, PackedLinear
 
@@ -42,8 +42,6 @@ class ChannelConv(nn.Module):
 
     def forward(self, x: Tensor, batch: RaggedBatch, state: Tensor) -> Tensor:
         """silu(conv(x)): x (T, d_inner), continuing from and updating `state` (slots, width - 1, d_inner)."""
-        if batch.decode:
-            return kernels.causal_conv_update(x, self.weight, self.bias, state, batch.slots)
         return kernels.causal_conv(x, self.weight, self.bias, state, batch.seq_offsets, batch.slots)
 
 
@@ -59,14 +57,16 @@ class HeadwiseProjection(nn.Module):
         self.heads = heads
         self.head_dim = channels // heads
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one."""
-        heads = max(1, self.weight.shape[0] // self.head_dim)
-        if heads == 1:
-            return kernels.linear(x, self.weight.T)[:, None]
-        return torch.einsum(
-            "tgc,gcr->tgr", x.unflatten(1, (heads, -1)), self.weight.unflatten(0, (heads, -1))
-        )
+    def forward(self, x: Tensor, projected: Tensor | None = None) -> Tensor:
+        """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one.
+
+        projected: that result, where it is already there: then only what plans add is left to do.
+        """
+        return project_heads(x, self.weight, self.heads_held()) if projected is None else projected
+
+    def heads_held(self) -> int:
+        """Heads, or one part of a head, that this rank has."""
+        return max(1, self.weight.shape[0] // self.head_dim)
 
 
 class HeadwiseExpansion(nn.Module):
@@ -100,26 +100,32 @@ class MambaMixer(nn.Module):
     def forward(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
         """hidden (T, d_model), normed -> (T, d_model), the branch; `state` is updated in place."""
         x, z = self.in_proj(hidden)
-        x = self.conv(x, batch, state.conv)
-        advance = self._step if batch.decode else self._scan
-        return self.out_proj(advance(x, self.x_proj(x), z, batch, state.ssm))
+        mix = self._step if batch.decode else self._scan
+        return self.out_proj(mix(x, z, batch, state))
 
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""
         channels, width = self.conv.weight.shape
         return (width - 1, channels), (channels, self.A_log.shape[1])
 
-    def _scan(self, x: Tensor, given: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor) -> Tensor:
-        dt, B, C = given.split(self.sizes, dim=-1)
+    def _scan(self, x: Tensor, z: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+        """From the projections x and z (T, d_inner) of any tokens to the gated output."""
+        x = self.conv(x, batch, state.conv)
+        dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         if self.mixer_rms_eps is not None:
             dt, B, C = (kernels.rms_normalize(t, self.mixer_rms_eps) for t in (dt, B, C))
         return kernels.selective_scan(
             x, self.dt_proj(dt), self.A_log, B, C, self.D, z, self.dt_proj.bias,
-            state, batch.seq_offsets, batch.slots,
+            state.ssm, batch.seq_offsets, batch.slots,
         )  # fmt: skip
 
-    def _step(self, x: Tensor, given: Tensor, z: Tensor, batch: RaggedBatch, state: Tensor) -> Tensor:
+    def _step(self, x: Tensor, z: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+        """The same of one token a sequence, in two kernels, and what plans add to x_proj between them."""
+        x, projected = kernels.projected_conv_update(
+            x, self.conv.weight, self.conv.bias, state.conv, batch.slots,
+            self.x_proj.weight, self.x_proj.heads_held(),
+        )  # fmt: skip
         return kernels.projected_state_update(
-            x, given, self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,
-            state, batch.slots, self.mixer_rms_eps,
+            x, self.x_proj(x, projected), self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,
+            state.ssm, batch.slots, self.mixer_rms_eps,
         )  # fmt: skip

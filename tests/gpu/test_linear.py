@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend
-from tests.kernels.inputs import scan_inputs
+from tests.kernels.inputs import conv_inputs, scan_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,6 +36,7 @@ def bounded(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 def test_few_rows_of_any_number_are_multiplied(shape: tuple[int, int]) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):
         weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
+        torch.cuda.synchronize()  # what kernels may read before they wait has to be there
         for rows in ROWS:
             x = torch.randn(rows, 2 * shape[1]).bfloat16()[:, shape[1] :]
             assert bounded(kernels.linear(x, weight, bias), x, weight, bias), rows
@@ -46,6 +47,7 @@ def test_few_rows_of_any_number_are_multiplied(shape: tuple[int, int]) -> None:
 def test_transposed_weights(shape: tuple[int, int]) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):
         weight = torch.randn(shape[::-1]).bfloat16().T
+        torch.cuda.synchronize()
         for rows in ROWS:
             x = torch.randn(rows, shape[1]).bfloat16()
             assert bounded(kernels.linear(x, weight), x, weight, None), rows
@@ -55,6 +57,7 @@ def test_transposed_weights(shape: tuple[int, int]) -> None:
 def test_other_dtypes(dtype: torch.dtype) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):
         weight = torch.randn(640, 1280).to(dtype)
+        torch.cuda.synchronize()
         for rows in (1, 4, 9):
             x = torch.randn(rows, 1280).to(dtype)
             if rows <= 4 or dtype != torch.float32:
@@ -102,9 +105,29 @@ def test_projection_and_state_update_in_one(
         given = torch.randn(sequences, groups, rank + 32).bfloat16()
         weight = (torch.randn(channels, rank) / rank**0.5).bfloat16()
         arguments: list[Any] = [x, given, weight, A_log, D, z, bias, state, slots, eps]
-        wide = [t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments]
+        wide: list[Any] = [
+            t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments
+        ]
+        torch.cuda.synchronize()
         y = kernels.projected_state_update(*arguments)
         with backend.using("reference", "cuda"):
             exact = kernels.projected_state_update(*wide)
         assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
         assert float((state.double() - wide[7]).norm() / wide[7].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+@pytest.mark.parametrize(("channels", "outputs", "heads"), [(5120, 192, 1), (1280, 192, 1), (7424, 264, 2)])
+def test_convolution_and_x_proj_in_one(sequences: int, channels: int, outputs: int, heads: int) -> None:
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        x, taps, bias, state, _, slots = conv_inputs([1] * sequences, channels, 4, torch.bfloat16)
+        weight = (torch.randn(channels, outputs) / channels**0.5).bfloat16()
+        wide = [t.double() for t in (x, taps, bias, state)]
+        torch.cuda.synchronize()
+        y, projected = kernels.projected_conv_update(x, taps, bias, state, slots, weight, heads)
+        again = kernels.projected_conv_update(x, taps, bias, wide[3].bfloat16(), slots, weight, heads)
+        assert torch.equal(again[1], projected)
+        with backend.using("reference", "cuda"):
+            exact = kernels.projected_conv_update(*wide, slots, weight.double(), heads)
+        for ours, right in ((y, exact[0]), (projected, exact[1]), (state, wide[3])):
+            assert float((ours.double() - right).norm() / right.norm()) < 5e-3

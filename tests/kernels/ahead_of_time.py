@@ -198,7 +198,7 @@ def all_resources() -> Iterator[dict[str, Any]]:
 def ptx(request: dict[str, Any]) -> str:
     """Of a kernel for its first architecture, with `given` over its own."""
     case = KERNELS[request["kernel"]]
-    given = {**case.given, **request["given", "taps", "projected"]}
+    given = {**case.given, **request["given"]}
     return compiled(case.kernel, given, case.architectures[0], tuple(request["unaligned"])).asm["ptx"]
 
 
