@@ -105,9 +105,7 @@ def test_projection_and_state_update_in_one(
         given = torch.randn(sequences, groups, rank + 32).bfloat16()
         weight = (torch.randn(channels, rank) / rank**0.5).bfloat16()
         arguments: list[Any] = [x, given, weight, A_log, D, z, bias, state, slots, eps]
-        wide: list[Any] = [
-            t.double() if torch.is_tensor(t) and t.is_floating_point() else t for t in arguments
-        ]
+        wide: list[Any] = [t.double() for t in arguments[:-2]] + arguments[-2:]
         torch.cuda.synchronize()
         y = kernels.projected_state_update(*arguments)
         with backend.using("reference", "cuda"):
@@ -122,12 +120,13 @@ def test_convolution_and_x_proj_in_one(sequences: int, channels: int, outputs: i
     with backend.using("triton", "cuda"), torch.device("cuda"):
         x, taps, bias, state, _, slots = conv_inputs([1] * sequences, channels, 4, torch.bfloat16)
         weight = (torch.randn(channels, outputs) / channels**0.5).bfloat16()
-        wide = [t.double() for t in (x, taps, bias, state)]
+        wide: list[Any] = [t.double() for t in (x, taps, bias, state)]
+        rest: list[Any] = [slots, weight.double(), heads]
         torch.cuda.synchronize()
         y, projected = kernels.projected_conv_update(x, taps, bias, state, slots, weight, heads)
         again = kernels.projected_conv_update(x, taps, bias, wide[3].bfloat16(), slots, weight, heads)
         assert torch.equal(again[1], projected)
         with backend.using("reference", "cuda"):
-            exact = kernels.projected_conv_update(*wide, slots, weight.double(), heads)
+            exact = kernels.projected_conv_update(*wide, *rest)
         for ours, right in ((y, exact[0]), (projected, exact[1]), (state, wide[3])):
             assert float((ours.double() - right).norm() / right.norm()) < 5e-3
