@@ -46,6 +46,17 @@ MATRIX = [
         (64, 128, 0, 132, 5), (128, 128, 0, 132, 3),
     )
 ]  # fmt: skip
+JOINT = {
+    "linear_vector": VECTOR,
+    "projected_conv_update": [
+        {"BLOCK_D": d, "BLOCK_P": p, "num_warps": warps}
+        for d, p, warps in ((64, 16, 4), (128, 64, 8), (64, 32, 8), (32, 32, 4))
+    ],
+    "projected_state_update": [
+        {"BLOCK_D": d, "num_warps": warps} for d, warps in ((16, 2), (16, 4), (32, 4), (8, 1))
+    ],
+}
+"""Configured op -> candidates that are timed as parts of a step of one sequence."""
 ROWS = {"linear_vector": (1, 4), "linear_16": (16,), "linear_32": (32,), "linear_64": (64,)}
 """Configured op -> rows to time."""
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
@@ -93,8 +104,8 @@ def random_model(name: str) -> LanguageModel:
     return model
 
 
-def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy: float) -> dict[str, Any]:
-    """Milliseconds of a step by variant, and bytes of weights and states over the bandwidth of a copy."""
+def step_of(model: LanguageModel, sequences: int) -> tuple[Call, int]:
+    """A decode step of some sequences, and the bytes of weights and states that it must move."""
     shapes, slots = model.state_shapes(), torch.arange(sequences, device="cuda", dtype=torch.int32)
     states = [
         MixerState(
@@ -111,11 +122,25 @@ def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy
         return model.head(model(batch, ModelState(states)))
 
     moved = sum(p.nbytes for p in model.parameters()) + 2 * sum(s.conv.nbytes + s.ssm.nbytes for s in states)
+    return step, moved
+
+
+def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy: float) -> dict[str, Any]:
+    """Milliseconds of a step by variant; the floor is that of a copy of as many bytes."""
+    step, moved = step_of(model, sequences)
     row: dict[str, Any] = {"model": name, "sequences": sequences, "floor": 1e3 * moved / copy}
     for kind in VARIANTS:
         with variant(kind):
             row[kind] = 1e3 * clock.seconds([step])
     return row
+
+
+def joint_rows(model: LanguageModel, clock: Clock) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step of one sequence by configuration of one op, the others as recorded."""
+    for op, candidates in JOINT.items():
+        for config in candidates:
+            with tuning.forced(op, config):
+                yield {"op": op, "config": _named(config), "ms": 1e3 * clock.seconds([step_of(model, 1)[0]])}
 
 
 def candidates_row(
@@ -161,8 +186,8 @@ def layer_rows(clock: Clock, copy: float, deadline: float) -> Iterator[dict[str,
                     yield candidates_row(shape, rows, op, clock, weights, copy)
 
 
-def _named(row: dict[str, Any]) -> dict[str, Any]:
-    return {**row, "best": " ".join(f"{k}={v}" for k, v in row["candidates"][0][1].items())}
+def _named(config: dict[str, int]) -> str:
+    return " ".join(f"{k}={v}" for k, v in config.items())
 
 
 @torch.inference_mode()
@@ -179,7 +204,12 @@ def main() -> None:
     backend.select("triton", device)
     clock = Clock(device)
     copy = clock.copy_rate()
-    report: dict[str, Any] = {"environment": environment(device), "copy_bytes_s": copy, "steps": []}
+    report: dict[str, Any] = {
+        "environment": environment(device),
+        "copy_bytes_s": copy,
+        "steps": [],
+        "joint": [],
+    }
     times = dict.fromkeys(("floor", "torch", "ordinary", "dependent"), ".2f")
     model, loaded = None, ""
     for name, sequences in STEPS:
@@ -188,13 +218,23 @@ def main() -> None:
             model = random_model(name)
         assert model is not None
         report["steps"].append(step_row(name, model, sequences, clock, copy))
+        if not report["joint"]:
+            report["joint"] = list(joint_rows(model, clock))
     model = None
     console = Console(width=180)
     columns = {"model": "", "sequences": "d", **times, "separate": ".2f", "tensor cores": ".2f"}
     console.print(table(report["steps"], "Decode steps, ms", columns))
+    title = f"Steps of {STEPS[0][0]}, one sequence"
+    console.print(table(report["joint"], title, {"op": "", "config": "", "ms": ".3f"}))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
-    console.print(table([_named(row) for row in report["layers"]], "Linear layers, us", columns))
+    console.print(
+        table(
+            [{**row, "best": _named(row["candidates"][0][1])} for row in report["layers"]],
+            "Linear layers, us",
+            columns,
+        )
+    )
     document = json.dumps(report)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
