@@ -50,7 +50,7 @@ JOINT = {
     "linear_vector": VECTOR,
     "projected_conv_update": [
         {"BLOCK_D": d, "BLOCK_P": p, "num_warps": warps}
-        for d, p, warps in ((64, 16, 4), (128, 64, 8), (64, 32, 8), (32, 32, 4))
+        for d, p, warps in ((128, 32, 4), (64, 16, 2), (128, 16, 4), (256, 32, 8))
     ],
     "projected_state_update": [
         {"BLOCK_D": d, "num_warps": warps} for d, warps in ((16, 2), (16, 4), (32, 4), (8, 1))

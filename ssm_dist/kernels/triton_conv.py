@@ -12,7 +12,7 @@ from ssm_dist.kernels.triton_common import chunk_of_program, only_if, silu
 
 
 @triton.jit
-def taps_and_bias(weight, bias, channel, inside, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _taps_and_bias(weight, bias, channel, inside, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
     """The (channels, 4) tile of weights, read whole since its columns are strided, and the bias; float32."""
     k = tl.arange(0, 4)
     taps = tl.load(
@@ -25,7 +25,7 @@ def taps_and_bias(weight, bias, channel, inside, WIDTH: tl.constexpr, HAS_BIAS: 
 
 
 @triton.jit
-def taps_by_lag(taps, WIDTH: tl.constexpr):
+def _taps_by_lag(taps, WIDTH: tl.constexpr):
     """The weights of the inputs 0 to 3 tokens back, from the tile of them; zeros beyond the width."""
     k = tl.arange(0, 4)[None, :]
     by_lag = ()
@@ -74,7 +74,7 @@ def _conv_kernel(
     channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < channels
     # Asked for first and used last: loads are issued in order, and each wait ahead of them would be added.
-    taps, offset = taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
+    taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
     sequence, start, end, first = chunk_of_program(
         seq_offsets, sequences, program // blocks, BLOCK_T, BLOCK_S
     )
@@ -85,7 +85,7 @@ def _conv_kernel(
         lag1, lag2, lag3 = _three_before(before, state_row, inside, WIDTH)
     else:
         lag1, lag2, lag3 = _three_before(x + first.to(tl.int64) * x_row + channel, x_row, inside, WIDTH)
-    tap0, tap1, tap2, tap3 = taps_by_lag(taps, WIDTH)
+    tap0, tap1, tap2, tap3 = _taps_by_lag(taps, WIDTH)
 
     for t in range(0, tl.minimum(BLOCK_T, end - first), TILE):
         # All loads of a tile come before its first store, which no later load could overtake.
@@ -131,7 +131,7 @@ def _conv_update_kernel(
     channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < channels
     first = (program // blocks) * SEQUENCES
-    taps, offset = taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
+    taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
     wait_for_inputs(PDL)
 
     # Every load comes before the first store: they overlap, and a shifted row is read before it is written.
@@ -155,7 +155,7 @@ def _conv_update_kernel(
         if WIDTH > 3:
             lag3 = tl.load(base, mask=here, other=0.0)
         windows += ((lag1, lag2, lag3),)
-    tap0, tap1, tap2, tap3 = taps_by_lag(taps, WIDTH)
+    tap0, tap1, tap2, tap3 = _taps_by_lag(taps, WIDTH)
     tl.debug_barrier()
     for i in tl.static_range(SEQUENCES):
         here = channel < only_if(first + i < sequences, channels)

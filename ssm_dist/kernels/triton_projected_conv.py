@@ -13,10 +13,11 @@ from ssm_dist.kernels.convolution import projected_conv_update_reference
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import silu
-from ssm_dist.kernels.triton_conv import taps_and_bias, taps_by_lag
 from ssm_dist.kernels.triton_shares import COUNTERS, counters, last_to_finish
 
 MOST_SEQUENCES = 4
+HELD = 256
+"""Numbers of x_proj's weight in a thread's registers at most."""
 
 
 @triton.jit
@@ -38,7 +39,14 @@ def _projected_conv_kernel(
         weight + channel[:, None] * OUTPUTS + r[None, :],
         mask=inside[:, None] & (r < OUTPUTS)[None, :], other=0.0,
     )  # fmt: skip
-    weights, offset = taps_and_bias(taps, bias, channel, inside, WIDTH, HAS_BIAS)
+    # One by one, although strided: a tile of them would impose its layout on the product, by shuffles.
+    by_lag = ()
+    for lag in tl.static_range(4):
+        here = channel < (channels if lag < WIDTH else 0)
+        by_lag += (tl.load(taps + channel * WIDTH + (KEPT - lag), mask=here, other=0.0).to(tl.float32),)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    if HAS_BIAS:
+        total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
 
     at = x + sequence.to(tl.int64) * x_row + channel
@@ -51,15 +59,14 @@ def _projected_conv_kernel(
         lag2 = tl.load(base + (KEPT - 2) * state_row, mask=inside, other=0.0)
     if WIDTH > 3:
         lag3 = tl.load(base, mask=inside, other=0.0)
-    tap0, tap1, tap2, tap3 = taps_by_lag(weights, WIDTH)
     tl.debug_barrier()
     tl.store(base + (KEPT - 1) * state_row, current.to(state.dtype.element_ty), mask=inside)
     if WIDTH > 2:
         tl.store(base + (KEPT - 2) * state_row, lag1, mask=inside)
     if WIDTH > 3:
         tl.store(base, lag2, mask=inside)
-    total = offset + tap0 * current.to(tl.float32) + tap1 * lag1.to(tl.float32)
-    total += tap2 * lag2.to(tl.float32) + tap3 * lag3.to(tl.float32)
+    total += by_lag[0] * current.to(tl.float32) + by_lag[1] * lag1.to(tl.float32)
+    total += by_lag[2] * lag2.to(tl.float32) + by_lag[3] * lag3.to(tl.float32)
     value = silu(total).to(y.dtype.element_ty)
     tl.store(y + sequence.to(tl.int64) * channels + channel, value, mask=inside)
 
@@ -114,8 +121,10 @@ def projected_conv_update(
 ) -> tuple[Tensor, Tensor]:
     """`ssm_dist.kernels.projected_conv_update`; for many sequences, or odd sizes, by separate kernels."""
     sequences, channels = x.shape
-    block = tuning.configuration("projected_conv_update", channels, x.device)["BLOCK_D"]
+    config = tuning.configuration("projected_conv_update", channels, x.device)
+    block = config["BLOCK_D"]
     fits = 2 <= taps.shape[1] <= 4 and (groups == 1 or channels // groups % block == 0)
+    fits &= block * triton.next_power_of_2(weight.shape[1]) <= HELD * 32 * config["num_warps"]
     if not (fits and 0 < sequences <= MOST_SEQUENCES and sequences * groups <= COUNTERS):
         return projected_conv_update_reference(x, taps, bias, state, slots, weight, groups)
     assert x.stride(-1) == 1 and state.stride(-1) == 1 and taps.is_contiguous() and weight.is_contiguous()

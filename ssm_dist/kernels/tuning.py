@@ -60,13 +60,13 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
         ],
     },
-    # up to 4 sequences; size: channels
+    # up to 4 sequences; size: channels. With fewer channels than threads, threads repeat each other's loads
     "projected_conv_update": {
         90: [
-            (2048, {"BLOCK_D": 32, "BLOCK_P": 16, "num_warps": 4}),
-            (ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 4}),
+            (2048, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2}),
+            (ANY, {"BLOCK_D": 128, "BLOCK_P": 32, "num_warps": 4}),
         ],
-        80: [(ANY, {"BLOCK_D": 32, "BLOCK_P": 16, "num_warps": 4})],
+        80: [(ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2})],
     },
     # up to 8 sequences; size: channels
     "projected_state_update": {
