@@ -21,6 +21,19 @@ HELD = 256
 
 
 @triton.jit
+def _taps_by_lag(taps, channel, channels, WIDTH: tl.constexpr):
+    """The weights of the inputs 0 to 3 tokens back; zeros beyond the width.
+
+    One by one, although strided: a tile of them would impose its layout on x_proj's product, by shuffles.
+    """
+    by_lag = ()
+    for lag in tl.static_range(4):
+        here = channel < (channels if lag < WIDTH else 0)
+        by_lag += (tl.load(taps + channel * WIDTH + (WIDTH - 1 - lag), mask=here, other=0.0).to(tl.float32),)
+    return by_lag
+
+
+@triton.jit
 def _projected_conv_kernel(
     x, taps, bias, state, slots, weight, y, projected, parts, counters,
     x_row, state_slot, state_row, channels, group_channels,
@@ -39,11 +52,7 @@ def _projected_conv_kernel(
         weight + channel[:, None] * OUTPUTS + r[None, :],
         mask=inside[:, None] & (r < OUTPUTS)[None, :], other=0.0,
     )  # fmt: skip
-    # One by one, although strided: a tile of them would impose its layout on the product, by shuffles.
-    by_lag = ()
-    for lag in tl.static_range(4):
-        here = channel < (channels if lag < WIDTH else 0)
-        by_lag += (tl.load(taps + channel * WIDTH + (KEPT - lag), mask=here, other=0.0).to(tl.float32),)
+    tap0, tap1, tap2, tap3 = _taps_by_lag(taps, channel, channels, WIDTH)
     total = tl.zeros((BLOCK_D,), tl.float32)
     if HAS_BIAS:
         total += tl.load(bias + channel, mask=inside, other=0.0).to(tl.float32)
@@ -65,8 +74,8 @@ def _projected_conv_kernel(
         tl.store(base + (KEPT - 2) * state_row, lag1, mask=inside)
     if WIDTH > 3:
         tl.store(base, lag2, mask=inside)
-    total += by_lag[0] * current.to(tl.float32) + by_lag[1] * lag1.to(tl.float32)
-    total += by_lag[2] * lag2.to(tl.float32) + by_lag[3] * lag3.to(tl.float32)
+    total += tap0 * current.to(tl.float32) + tap1 * lag1.to(tl.float32)
+    total += tap2 * lag2.to(tl.float32) + tap3 * lag3.to(tl.float32)
     value = silu(total).to(y.dtype.element_ty)
     tl.store(y + sequence.to(tl.int64) * channels + channel, value, mask=inside)
 
