@@ -9,7 +9,7 @@ some of them include, and the wait for slower ranks, are part of it). While seve
 under dependent launch, where one starts early and waits, the time is of the one that began first: a kernel's
 time is what it adds. Profiled steps are slower than others, kernels in captured graphs above all, so kernel
 times are an upper bound, and their shares are what to read.
-On a CPU the profiler tells the time in the reduction ops, waiting included, and nothing of kernels.
+On a CPU the profiler tells the time in gloo's collectives, waiting included, and nothing of kernels.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ REDUCTION_KERNELS = (
     "ncclDevKernel_SendRecv", "_push_sum", "bulk_kernel", "_encode_kernel", "_sum_kernel", "_decode_kernel",
 )  # fmt: skip
 """How the names of kernels begin that reduce between ranks, the exchange's codecs among them."""
-REDUCTION_OPS = "ssm_dist::tp_"
+REDUCTION_OPS = ("gloo:all_reduce", "gloo:all_gather", "gloo:all_to_all")
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
 """How the names of calls begin that start a kernel or a graph."""
 
@@ -54,7 +54,7 @@ class Profile:
     """What one run did."""
 
     calls: list[tuple[str, float]]
-    """Name and seconds of every kernel and copy, in order; on a CPU of every reduction op."""
+    """Name and seconds of every kernel and copy, in order; on a CPU of every collective that reduces."""
     launches: int | None
     """By the host, a captured graph counting once; None on a CPU, where there are no kernels either."""
 
@@ -85,7 +85,7 @@ class Profile:
 
 def is_reduction(name: str) -> bool:
     """Whether a kernel, or an op, adds up what ranks have."""
-    return name.startswith((REDUCTION_OPS, *REDUCTION_KERNELS))
+    return name.startswith((*REDUCTION_OPS, *REDUCTION_KERNELS))
 
 
 def break_down(llm: LLM, case: Case, barrier: Callable[[], None]) -> dict[str, Any]:
@@ -124,8 +124,9 @@ def _profiled(llm: LLM, case: Case, new_tokens: int, barrier: Callable[[], None]
     with _profiler(llm, with_host=not gpu) as found:
         run_case(llm, case, new_tokens, barrier)
     if not gpu:
-        ops = [event for event in found.events() if event.name.startswith(REDUCTION_OPS)]
-        return Profile([(op.name, op.cpu_time_total / 1e6) for op in ops], None)
+        spans = [(op.time_range.start, op.time_range.end, op.name) for op in found.events()]
+        ops = sorted(span for span in spans if span[2].startswith(REDUCTION_OPS))
+        return Profile([(name, (end - begin) / 1e6) for begin, end, name in ops], None)
     return profile_of_gpu(found.events(), after_barrier=llm.loaded.tp is not None)
 
 

@@ -114,7 +114,7 @@ def test_codecs_run_one_after_the_other_on_the_ranks_and_say_what_reductions_tak
         assert case["degree"] == 2 and case["kernels"] == "reference" and case["codec"] in case["reductions"]
         assert case["prefill_breakdown"]["reduction_ms"] > 0 and case["decode_breakdown"]["reduction_ms"] > 0
         names = {kernel["name"] for kernel in case["decode_breakdown"]["longest"]}
-        assert "ssm_dist::tp_all_reduce" in names
+        assert "gloo:all_reduce" in names
     assert "| 2x4+2 | ssm-dist, int8 | 2 |" in page([report], None)
 
 
@@ -201,7 +201,7 @@ def test_what_the_profiler_saw_before_the_ranks_set_out_does_not_count():
 
 
 def test_reductions_are_known_by_their_kernels_names():
-    for name in ("ncclDevKernel_AllReduce_Sum_bf16", "_push_sum_kernel", "bulk_kernel", "ssm_dist::tp_x"):
+    for name in ("ncclDevKernel_AllReduce_Sum_bf16", "_push_sum_kernel", "bulk_kernel", "gloo:all_reduce"):
         assert is_reduction(name)
     for name in ("_add_rms_norm_kernel", "nvjet_gemm", "ncclDevKernel_Broadcast", "ssm_dist::scan"):
         assert not is_reduction(name)
