@@ -129,8 +129,10 @@ def read_lines(path: Path) -> list[str]:
     """The lines of a prompts file that are not blank. Raises `UserError` when there are none to read."""
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"[generation] prompts_file: cannot read {path}: {error}") from None
+    except OSError as error:
+        raise UserError(f"[generation] prompts_file: cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"[generation] prompts_file: {path} is not UTF-8: {error}") from None
     if not lines:
         raise UserError(f"[generation] prompts_file: {path} has no prompts")
     return lines

@@ -59,6 +59,8 @@ def run(config: Config) -> None:
         if config.output.file is not None:
             _write(config.output.file, collector.completions)
         Console().print(run_table(llm, collector.completions))
+    if all(c.error is not None for c in collector.completions):
+        raise UserError(f"none of the prompts could run; the first one: {collector.completions[0].error}")
 
 
 class Reading:

@@ -23,7 +23,7 @@ def run(config: Config) -> None:
     # paths must not be cut off where the output is not a terminal
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(_parameters(plan, config.parallel.tensor))
-    console.print(_reductions(plan))
+    console.print(_reductions(plan) if plan.reductions else "Reductions: none (one rank)\n")
     total = sum(p.local_bytes for p in plan.parameters)
     console.print(f"weights a rank: {size(total)}")
 

@@ -162,6 +162,21 @@ def _state_update(mine: list[Any]) -> Tensor:
     return kernels.selective_state_update(*mine[:-2], mine[-1])
 
 
+def _projected_conv(mine: list[Any]) -> Tensor:
+    weight = mine[0].new_ones(mine[0].shape[1], 7)
+    y, projected = kernels.projected_conv_update(*mine[:-2], mine[-1], weight, 1)
+    return y + projected.sum()
+
+
+def _projected_update(mine: list[Any]) -> Tensor:
+    x, given, weight = mine[0], torch.cat([mine[1][:, None, :3], mine[3], mine[4]], -1), mine[0].T[:, :3]
+    return kernels.projected_state_update(x, given, weight.contiguous(), mine[2], *mine[5:9], mine[-1], 1e-6)
+
+
+def _linear(mine: list[Any]) -> Tensor:
+    return kernels.linear(mine[0], mine[0].contiguous(), mine[0][:, 0])
+
+
 def _norms(mine: list[Any]) -> Tensor:
     y, total = kernels.add_rms_norm(mine[0], None, mine[0][0], 1e-5)
     z, total = kernels.add_rms_norm(y, total, mine[0][1], 1e-5)
@@ -176,6 +191,9 @@ def _norms(mine: list[Any]) -> Tensor:
         (_conv, conv_inputs, 3),
         (_conv_update, conv_inputs, 3),
         (_state_update, scan_inputs, 8),
+        (_projected_conv, conv_inputs, 3),
+        (_projected_update, scan_inputs, 8),
+        (_linear, conv_inputs, 3),
         (_norms, conv_inputs, 3),
     ],
 )
