@@ -123,8 +123,8 @@ class CacheConfig(Section):
 
 class CompileConfig(Section):
     mode: Literal["auto", "none", "capture", "compile"] = "auto"
-    """capture replays steps from CUDA graphs; compile passes the decode step through torch.compile first; none
-    runs steps as they are written; auto is capture on a GPU, else none."""
+    """capture replays steps from CUDA graphs; compile passes the decode step through torch.compile first;
+    none runs steps as they are written; auto is capture on a GPU, else none."""
 
 
 class PrefillConfig(Section):

@@ -1,7 +1,7 @@
 """Steps captured in CUDA graphs, one for each shape of their inputs, and replayed on new inputs.
 
 A captured step reads its inputs from a buffer of its own and leaves its results in place, until the next
-replay of any graph: all share one pool of memory. Whoever wants to keep results copies them, on the same stream.
+replay of any graph: all share one pool of memory. Whoever keeps results copies them, on the same stream.
 """
 
 from __future__ import annotations
