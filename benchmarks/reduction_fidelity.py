@@ -34,7 +34,7 @@ from torch import Tensor
 from ssm_dist import LLM, SamplingParams
 from ssm_dist.parallel import styles
 from ssm_dist.ranks import close_ranks
-from ssm_dist.scheduler import Chunk, Sequence, Step
+from ssm_dist.scheduler import Chunk, Sequence
 from ssm_dist.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -143,7 +143,7 @@ def _logits(llm: LLM, token_ids: list[int]) -> Tensor:
     slot = llm.cache.acquire(len(token_ids))
     assert slot is not None
     sequence.slot = slot
-    hidden = llm.engine.hidden(Step([Chunk(sequence, 0, token_ids[:-1])], decode=False))
+    hidden = llm.engine.hidden([Chunk(sequence, 0, len(token_ids) - 1)])
     logits: Tensor = llm.model.head(hidden)
     llm.cache.release(slot)
     return logits[:, : llm.loaded.config.vocab_size].float().cpu()

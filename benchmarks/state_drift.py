@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ssm_dist import LLM, SamplingParams
-from ssm_dist.scheduler import Chunk, Sequence, Step
+from ssm_dist.scheduler import Chunk, Sequence
+from ssm_dist.text import Tokenizer
 
 CHECKPOINTS = ["mamba-tiny-python", "falcon-mamba-tiny-python", "zamba-tiny-python"]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -32,34 +33,33 @@ WINDOWS = [(0, 256), (256, 1024), (1024, 2048), (2048, 4096)]
 class Decoder:
     """One model with one dtype of state, decoding given tokens."""
 
-    def __init__(self, folder: Path, state_dtype: str, tokens: int) -> None:
+    def __init__(self, folder: Path, state_dtype: str, token_ids: list[int]) -> None:
         self.llm = LLM.from_pretrained(
             folder,
             model={"dtype": "float32"},
-            cache={"max_sequences": 1, "max_tokens": tokens, "state_dtype": state_dtype},
+            cache={"max_sequences": 1, "max_tokens": len(token_ids), "state_dtype": state_dtype},
         )
-        self._sequence = Sequence(0, [0], SamplingParams())
-        self._sequence.slot = self.llm.cache.acquire(tokens) or 0
+        self._sequence = Sequence(0, token_ids, SamplingParams())
+        self._sequence.slot = self.llm.cache.acquire(len(token_ids)) or 0
 
-    def step(self, position: int, token: int) -> Tensor:
-        """Logits (V,) after a token."""
-        step = Step([Chunk(self._sequence, position, [token])], decode=True)
-        hidden = self.llm.engine.hidden(step)
+    def step(self, position: int) -> Tensor:
+        """Logits (V,) after the token there."""
+        hidden = self.llm.engine.hidden([Chunk(self._sequence, position, 1)])
         return self.llm.model.head(hidden)[0, : self.llm.loaded.config.vocab_size].float()
 
 
 @torch.inference_mode()
 def measure(folder: Path, text: str, count: int) -> list[dict[str, Any]]:
     """One row a dtype."""
-    decoders = {dtype: Decoder(folder, dtype, count) for dtype in DTYPES}
-    tokenizer = decoders["float32"].llm.tokenizer
+    tokenizer = Tokenizer.from_folder(folder)
     assert tokenizer is not None
     ids = tokenizer.encode(text)[: count + 1]
     assert len(ids) == count + 1, f"the text has {len(ids)} tokens; {count + 1} are needed"
+    decoders = {dtype: Decoder(folder, dtype, ids) for dtype in DTYPES}
     errors: dict[str, list[float]] = {dtype: [] for dtype in DTYPES}
     losses = dict.fromkeys(DTYPES, 0.0)
     for position in range(count):
-        logits = {dtype: d.step(position, ids[position]) for dtype, d in decoders.items()}
+        logits = {dtype: d.step(position) for dtype, d in decoders.items()}
         for dtype, row in logits.items():
             errors[dtype].append(float((row - logits["float32"]).norm() / logits["float32"].norm()))
             losses[dtype] -= float(row.log_softmax(-1)[ids[position + 1]])

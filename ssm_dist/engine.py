@@ -17,6 +17,7 @@ from torch import Tensor
 from ssm_dist.graphs import Graphs, bucket, buckets
 from ssm_dist.models.batch import RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.packing import Packer, unpacked
 from ssm_dist.sampling.sampler import Sampled, Sampler
 from ssm_dist.scheduler import Chunk, Step
 from ssm_dist.state_cache import StateCache
@@ -67,6 +68,7 @@ class Engine:
         self._wait = wait
         self._device = next(model.parameters()).device
         self._state = cache.state
+        self._packer = Packer(cache.padding_slot, pinned=self._device.type == "cuda")
         rows = cache.max_sequences + 1
         self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
         self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
@@ -100,8 +102,8 @@ class Engine:
             padded = self._decode_of([c.sequence.slot for c in ends])
             sampled: Sampled | None = _each(padded, lambda part: part[: len(ends)])
         else:
-            hidden = self.hidden(step)
-            ends = [c for c in step.chunks if c.start + len(c.tokens) == c.sequence.length]
+            hidden = self.hidden(step.chunks)
+            ends = [c for c in step.chunks if c.end == c.sequence.length]
             sampled = self._first_tokens(hidden, step.chunks, ends) if ends else None
         return self._on_its_way(ends, sampled)
 
@@ -112,60 +114,40 @@ class Engine:
         return pending.sampled
 
     @torch.inference_mode()
-    def hidden(self, step: Step) -> Tensor:
-        """Advance the states by a prefill step; the final hidden states of its tokens, (T, d_model).
+    def hidden(self, chunks: list[Chunk]) -> Tensor:
+        """Advance the states by chunks of prompts; the final hidden states of their tokens, (T, d_model).
 
         They hold until the next step.
         """
         self.cache.zero_taken()
-        chunks = step.chunks
-        tokens = [token for c in chunks for token in c.tokens]
-        padded, sequences = len(tokens), len(chunks)
+        tokens = padded = sum(c.length for c in chunks)
+        sequences = len(chunks)
         if self.graphs is not None:
-            padded = bucket(padded, max(self._chunk_tokens, padded), PREFILL_PARTS)
-            sequences += padded > len(tokens)
+            padded = bucket(tokens, max(self._chunk_tokens, tokens), PREFILL_PARTS)
+            sequences += padded > tokens
             sequences = 1 << (sequences - 1).bit_length()
-        numbers = self._prefill_numbers(chunks, tokens, padded, sequences)
+        packed = self._packer.prefill(chunks, padded, sequences)
         if self.graphs is None:
-            return self._prefill(torch.tensor(numbers, device=self._device), padded, sequences)
-        nobodys = [self.cache.padding_slot] * sequences
+            return self._prefill(packed.to(self._device), padded, sequences)
         hidden: Tensor = self.graphs.run(
             ("prefill", padded, sequences),
             lambda inputs: self._prefill_into_place(inputs, padded, sequences),
-            numbers,
-            [0] * (2 * padded + sequences) + [padded, *nobodys],
+            packed,
+            lambda: self._packer.prefill([], padded, sequences),
             lazy=True,
         )
-        return hidden[: len(tokens)]
+        return hidden[:tokens]
 
-    def _prefill_into_place(self, numbers: Tensor, tokens: int, sequences: int) -> Tensor:
+    def _prefill_into_place(self, packed: Tensor, tokens: int, sequences: int) -> Tensor:
         """`_prefill`, its results always in the same memory: each graph would hold its own otherwise."""
-        hidden = self._prefill(numbers, tokens, sequences)
+        hidden = self._prefill(packed, tokens, sequences)
         if self._hidden is None or len(self._hidden) < tokens:
             most = max(tokens, self._chunk_tokens)
             self._hidden = hidden.new_empty((most, *hidden.shape[1:]))
         return self._hidden[:tokens].copy_(hidden)
 
-    def _prefill_numbers(
-        self, chunks: list[Chunk], tokens: list[int], padded: int, sequences: int
-    ) -> list[int]:
-        """Tokens, their positions, sequence offsets and slots, for `_prefill`.
-
-        The last sequence takes the tokens that pad; they are all in place 0, so that none has a context.
-        """
-        padding = [0] * (padded - len(tokens))
-        positions = [place for c in chunks for place in range(c.start, c.start + len(c.tokens))]
-        offsets = [0]
-        for c in chunks:
-            offsets.append(offsets[-1] + len(c.tokens))
-        empty = sequences - len(chunks)
-        if empty:
-            offsets += [len(tokens)] * (empty - 1) + [padded]
-        slots = [c.sequence.slot for c in chunks] + [self.cache.padding_slot] * empty
-        return tokens + padding + positions + padding + offsets + slots
-
-    def _prefill(self, numbers: Tensor, tokens: int, sequences: int) -> Tensor:
-        ids, positions, offsets, slots = numbers.split([tokens, tokens, sequences + 1, sequences])
+    def _prefill(self, packed: Tensor, tokens: int, sequences: int) -> Tensor:
+        ids, positions, offsets, slots = unpacked(packed, tokens, sequences)
         batch = RaggedBatch(
             tokens=ids, seq_offsets=offsets.int(), slots=slots.int(), positions=positions,
             pages=self.cache.page_table(slots),
@@ -188,9 +170,11 @@ class Engine:
         if self.graphs is None:
             return self._decode(torch.tensor(slots, device=self._device))
         size = bucket(len(slots), self.cache.max_sequences, DECODE_PARTS)
-        nobodys = [self.cache.padding_slot] * size
         sampled: Sampled = self.graphs.run(
-            ("decode", size, work), self._decode, slots + nobodys[len(slots) :], nobodys
+            ("decode", size, work),
+            self._decode,
+            self._packer.decode(slots, size),
+            lambda: self._packer.decode([], size),
         )
         return sampled
 
@@ -236,6 +220,6 @@ def _last_rows(chunks: list[Chunk], ends: list[Chunk]) -> list[int]:
     """Row of the last token of each chunk in `ends`, within the packed batch."""
     rows, end = {}, 0
     for chunk in chunks:
-        end += len(chunk.tokens)
+        end += chunk.length
         rows[id(chunk)] = end - 1
     return [rows[id(chunk)] for chunk in ends]

@@ -137,7 +137,7 @@ class Run:
                 step = self.plan()
                 events = self.execute(step)
                 for c in step.chunks if step is not None and not step.decode else ():
-                    on_prompt(c.sequence.index, c.start + len(c.tokens))
+                    on_prompt(c.sequence.index, c.end)
                 yield from events
         finally:
             self.close()
@@ -183,7 +183,7 @@ class Run:
     def _launch(self, step: Step) -> None:
         pending = self._engine.launch(step)
         for c in [] if step.decode else step.chunks:
-            self._prefixes.after_chunk(c.sequence.slot, c.sequence.prompt_ids, c.start + len(c.tokens))
+            self._prefixes.after_chunk(c.sequence.slot, c.sequence.prompt_ids, c.end)
         for c in pending.chunks:
             c.sequence.sampled += 1
         self._pending.append(pending)

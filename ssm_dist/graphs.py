@@ -26,8 +26,8 @@ class Captured:
     graph: torch.cuda.CUDAGraph
     inputs: Tensor
     results: Any
-    numbers: list[int]
-    """What `inputs` holds."""
+    numbers: Tensor
+    """What `inputs` holds, in host memory."""
 
 
 class Graphs:
@@ -44,26 +44,27 @@ class Graphs:
         return len(self._captured)
 
     def run(
-        self, key: Hashable, function: Function, numbers: list[int], idle: list[int], *, lazy: bool = False
-    ) -> Any:
-        """`function` of the numbers as an int64 tensor, from a graph; the results hold until the next call.
+        self, key: Hashable, function: Function, numbers: Tensor, idle: Callable[[], Tensor],
+        *, lazy: bool = False,
+    ) -> Any:  # fmt: skip
+        """`function` of numbers that are in host memory, from a graph; the results hold until the next call.
 
-        key: whatever the work depends on besides the numbers. idle: numbers of the same length for which
+        key: whatever the work depends on besides the numbers. idle: makes numbers of the same shape for which
         the function changes nothing that matters; the step is tried out with them before it is captured.
         lazy: the first call with a key runs without a graph, which pays only for steps that come again.
         """
         if lazy and key not in self._seen:
             self._seen.add(key)
             return function(self._to_device(numbers))
-        entry = self._captured.pop(key, None) or self._capture(function, idle)
+        entry = self._captured.pop(key, None) or self._capture(function, idle())
         self._captured[key] = entry  # the newest comes last
-        if entry.numbers != numbers:
-            entry.inputs.copy_(_pinned(numbers), non_blocking=True)
-            entry.numbers = list(numbers)
+        if not torch.equal(entry.numbers, numbers):
+            entry.inputs.copy_(numbers, non_blocking=True)
+            entry.numbers = numbers
         entry.graph.replay()
         return entry.results
 
-    def _capture(self, function: Function, idle: list[int]) -> Captured:
+    def _capture(self, function: Function, idle: Tensor) -> Captured:
         if len(self._captured) == MOST_GRAPHS:
             torch.cuda.synchronize(self._device)
             del self._captured[next(iter(self._captured))]
@@ -80,12 +81,8 @@ class Graphs:
             results = function(inputs)
         return Captured(graph, inputs, results, idle)
 
-    def _to_device(self, numbers: list[int]) -> Tensor:
-        return _pinned(numbers).to(self._device, non_blocking=True)
-
-
-def _pinned(numbers: list[int]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.int64).pin_memory()
+    def _to_device(self, numbers: Tensor) -> Tensor:
+        return numbers.to(self._device, non_blocking=True)
 
 
 def bucket(count: int, most: int, parts: int) -> int:

@@ -51,11 +51,11 @@ def prepare(
         token_ids = _check_ids(prompt)
     if not token_ids:
         raise UserError("the prompt is empty; give at least one token")
-    outside = [i for i in token_ids if not 0 <= i < vocab_size]
-    if outside:
-        raise UserError(
-            f"token id {outside[0]} is out of range; the vocabulary has ids 0 to {vocab_size - 1}"
-        )
+    for extreme in (min(token_ids), max(token_ids)):
+        if not 0 <= extreme < vocab_size:
+            raise UserError(
+                f"token id {extreme} is out of range; the vocabulary has ids 0 to {vocab_size - 1}"
+            )
     if params.stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this model has none; use max_new_tokens")
     return Request(index, text, token_ids, params)

@@ -20,7 +20,7 @@ from ssm_dist.parallel.collectives import broadcast_bytes, tp_all_gather
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import chunk_grid
 from ssm_dist.sampling.params import SamplingParams
-from ssm_dist.scheduler import Chunk, Sequence, Step
+from ssm_dist.scheduler import Chunk, Sequence
 from ssm_dist.state_cache import PAGE_TOKENS, HostState, pages_of
 from ssm_dist.state_file import StateInfo, history_hash, inspect_state, read_part, write_state
 
@@ -128,7 +128,7 @@ def _state_after(engine: Engine, prefixes: PrefixCache, token_ids: list[int], ch
     try:
         while start < len(token_ids) - 1:
             end = min(start - start % grid + grid, len(token_ids) - 1)
-            engine.hidden(Step([Chunk(sequence, start, token_ids[start:end])], decode=False))
+            engine.hidden([Chunk(sequence, start, end - start)])
             start = end
         state = engine.cache.export_sequence(sequence.slot, start)
     finally:

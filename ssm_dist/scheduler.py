@@ -9,16 +9,17 @@ slower, and with other rounding than they have alone.
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import chunk_grid
 from ssm_dist.sampling.params import SamplingParams
-
-ON_DEVICE = -1
-"""Stands for a token that the host has not read."""
 
 
 @dataclass(eq=False)
@@ -36,6 +37,11 @@ class Sequence:
     """Generated, as far as the host has read them."""
     sampled: int = 0
     """Tokens of the answer, those on their way to the host included."""
+    prompt: Tensor = field(init=False, repr=False)
+    """`prompt_ids` as int64 in host memory: what steps are made of."""
+
+    def __post_init__(self) -> None:
+        self.prompt = torch.frombuffer(array("q", self.prompt_ids), dtype=torch.int64)
 
     @property
     def prefilled(self) -> bool:
@@ -54,12 +60,24 @@ class Sequence:
 
 
 class Chunk(NamedTuple):
-    """A run of tokens of one sequence in a step, `tokens[0]` at `start` of the whole sequence."""
+    """A run of `length` tokens of one sequence in a step, from place `start` of the whole sequence on.
+
+    In a decode step it is one token, which the device sampled and the host need not know.
+    """
 
     sequence: Sequence
     start: int
-    tokens: list[int]
-    """One `ON_DEVICE` in a decode step: the token was sampled there, and the host need not know it."""
+    length: int
+
+    @property
+    def end(self) -> int:
+        """The place after its last token."""
+        return self.start + self.length
+
+    @property
+    def tokens(self) -> Tensor:
+        """(length,) int64 in host memory, of a prompt."""
+        return self.sequence.prompt[self.start : self.end]
 
 
 @dataclass(frozen=True)
@@ -99,7 +117,7 @@ class Scheduler:
             self._decoded_last = False
             return admitted, Step(self._prefill_chunks(prefilling), decode=False)
         self._decoded_last = True
-        chunks = [Chunk(s, s.length - 1, [ON_DEVICE]) for s in ready]
+        chunks = [Chunk(s, s.length - 1, 1) for s in ready]
         return admitted, Step(chunks, decode=True) if chunks else None
 
     def finish(self, sequence: Sequence) -> None:
@@ -136,7 +154,7 @@ class Scheduler:
                 end = start + budget
             if end - start > budget:
                 break
-            chunks.append(Chunk(sequence, start, sequence.prompt_ids[start:end]))
+            chunks.append(Chunk(sequence, start, end - start))
             sequence.computed = end
             budget -= end - start
             if budget == 0:

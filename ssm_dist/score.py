@@ -12,7 +12,7 @@ from ssm_dist.engine import Engine
 from ssm_dist.parallel.mesh import TensorParallel
 from ssm_dist.parallel.vocabulary import target_log_probs
 from ssm_dist.sampling.params import SamplingParams
-from ssm_dist.scheduler import Chunk, Sequence, Step
+from ssm_dist.scheduler import Chunk, Sequence
 
 ROWS = 1024
 """Rows of logits held at a time."""
@@ -47,9 +47,9 @@ def score_tokens(
     log_probs: list[float] = []
     try:
         for start in range(0, len(token_ids) - 1, chunk_tokens):
-            tokens = token_ids[start : min(start + chunk_tokens, len(token_ids) - 1)]
-            hidden = engine.hidden(Step([Chunk(sequence, start, tokens)], decode=False))
-            targets = torch.tensor(token_ids[start + 1 : start + 1 + len(tokens)], device=hidden.device)
+            chunk = Chunk(sequence, start, min(chunk_tokens, len(token_ids) - 1 - start))
+            hidden = engine.hidden([chunk])
+            targets = sequence.prompt[start + 1 : chunk.end + 1].to(hidden.device)
             for rows, wanted in zip(hidden.split(ROWS), targets.split(ROWS), strict=True):
                 # the head's own forward would gather the logits of the whole vocabulary
                 logits = F.linear(rows, engine.model.head.weight)

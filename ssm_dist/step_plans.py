@@ -75,4 +75,4 @@ def describe(step: Step | None) -> list[Any] | None:
     """A step as plain data: whether it decodes, and (request, first position, tokens) of every chunk."""
     if step is None:
         return None
-    return [step.decode, [[c.sequence.index, c.start, len(c.tokens)] for c in step.chunks]]
+    return [step.decode, [[c.sequence.index, c.start, c.length] for c in step.chunks]]

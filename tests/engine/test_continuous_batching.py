@@ -104,7 +104,7 @@ def test_between_two_tokens_of_a_running_request_lies_at_most_one_chunk():
             break
         step = run.plan()
         assert step is not None
-        since += sum(len(c.tokens) for c in step.chunks)
+        since += sum(c.length for c in step.chunks)
         if any(event.index == 0 for event in run.execute(step)):
             work.append(since)
             since = 0

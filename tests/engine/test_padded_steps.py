@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from ssm_dist import LLM, SamplingParams
@@ -28,13 +27,13 @@ class Padding:
         self.keys: list[Hashable] = []
 
     def run(
-        self, key: Hashable, function: Callable[[Tensor], Any], numbers: list[int], idle: list[int],
-        *, lazy: bool = False,
+        self, key: Hashable, function: Callable[[Tensor], Any], numbers: Tensor,
+        idle: Callable[[], Tensor], *, lazy: bool = False,
     ) -> Any:  # fmt: skip
-        assert len(numbers) == len(idle)
+        assert numbers.shape == idle().shape
         self.keys.append(key)
-        function(torch.tensor(idle))
-        return function(torch.tensor(numbers))
+        function(idle())
+        return function(numbers)
 
 
 @pytest.mark.parametrize("paged", [False, True])

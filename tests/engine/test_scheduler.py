@@ -30,9 +30,9 @@ def drive(scheduler: Scheduler, sequences: list[Sequence]) -> list[list[tuple[in
         _, step = scheduler.next_step()
         if step is None:
             return steps
-        steps.append([(c.sequence.index, c.start, len(c.tokens)) for c in step.chunks])
+        steps.append([(c.sequence.index, c.start, c.length) for c in step.chunks])
         for c in step.chunks:
-            if c.start + len(c.tokens) == c.sequence.length:
+            if c.end == c.sequence.length:
                 c.sequence.sampled += 1
                 if c.sequence.sampled == c.sequence.params.max_new_tokens:
                     scheduler.finish(c.sequence)
