@@ -15,18 +15,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from ssm_dist.version import commit
+
 Run = dict[str, Any]
 IDENTITY = ("case", "degree", "hardware")
 """What a new run must share with an old one to take its place."""
 
 
 def circumstances(packages: Sequence[str]) -> dict[str, Any]:
-    """The hardware, the versions, and the call that makes a run, without the folder that it writes to."""
+    """Hardware, versions, commit, and the call that makes a run, without the folder that it writes to."""
     words = list(sys.argv)
     if "--out" in words:
         del words[words.index("--out") : words.index("--out") + 2]
     call = " ".join(["python", f"benchmarks/{Path(words[0]).name}", *words[1:]])
-    return {"hardware": _hardware(), "versions": _versions(packages), "call": call}
+    return {"hardware": _hardware(), "versions": _versions(packages), "commit": commit(), "call": call}
 
 
 def join(folder: Path, run: Run, columns: Mapping[str, str], introduction: str) -> None:
@@ -73,7 +75,8 @@ def _markdown(runs: Sequence[Run], columns: Mapping[str, str], introduction: str
         groups.setdefault(f"{run['hardware']}; {versions}", []).append(run)
     for title, members in groups.items():
         lines += ["", f"## {title}", ""]
-        lines += [f"`{call}`  " for call in dict.fromkeys(run["call"] for run in members)]
+        calls = dict.fromkeys((run["call"], run["commit"]) for run in members)
+        lines += [f"`{call}` at commit {made_of}  " for call, made_of in calls]
         lines += ["", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
         done = [run for run in members if "error" not in run]
         lines += ["| " + " | ".join(_cell(run, key) for key in columns.values()) + " |" for run in done]

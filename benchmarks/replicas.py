@@ -47,7 +47,6 @@ def replica(index: int, options: argparse.Namespace, together: Any, answers: Con
             "model": {"preset": options.model},
             "cache": {"max_sequences": sequences, "max_tokens": tokens},
             "prefill": {"chunk_tokens": options.chunk_tokens},
-            "benchmark": {"commit": options.commit},
         }
     )
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // options.replicas))
@@ -94,7 +93,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["64x2048+128", "8x16384+128"])
     parser.add_argument("--chunk-tokens", type=int, default=16384)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--commit", help="what is measured; by default git tells")
     options = parser.parse_args()
     if any(parse_case(written).batch % options.replicas for written in options.cases):
         parser.error(f"{options.replicas} replicas must share the prompts of every case evenly")

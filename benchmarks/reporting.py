@@ -14,10 +14,12 @@ from typing import Any
 
 import torch
 
+from ssm_dist.benchmark.program import command
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.config import Config, build_config
 from ssm_dist.flags import read_flags
 from ssm_dist.ranks import close_ranks
+from ssm_dist.version import commit
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:
@@ -46,7 +48,8 @@ class Report:
         self._path = out / f"{preset}_tp{config.parallel.tensor}"
         gpu = torch.cuda.is_available()
         self._found: dict[str, Any] = {
-            "command": f"{Path(sys.argv[0]).name} {' '.join(sys.argv[1:])}",
+            "commit": commit(),
+            "command": command(f"benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:]),
             "hardware": f"{config.parallel.tensor} x {torch.cuda.get_device_name()}" if gpu else "CPU",
             "torch": torch.__version__,
             "python": platform.python_version(),
@@ -61,8 +64,8 @@ class Report:
             return
         print(f"{name}\n{_table(rows)}\n", flush=True)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.with_suffix(".json").write_text(json.dumps(self._found, indent=1) + "\n")
-        self._path.with_suffix(".md").write_text(self._markdown())
+        Path(f"{self._path}.json").write_text(json.dumps(self._found, indent=1) + "\n")
+        Path(f"{self._path}.md").write_text(self._markdown())
 
     def close(self) -> None:
         """Print the JSON as the last line, and leave the other ranks."""
@@ -74,6 +77,7 @@ class Report:
     def _markdown(self) -> str:
         about = [str(self._found[key]) for key in ("hardware", "kernels")]
         about += [f"torch {self._found['torch']}", f"Python {self._found['python']}"]
+        about += [f"commit {self._found['commit']}"]
         tables = {name: rows for name, rows in self._found.items() if isinstance(rows, list)}
         parts = [", ".join(about), f"`{self._found['command']}`"]
         parts += [part for name, rows in tables.items() for part in (f"**{name}**", _table(rows))]

@@ -24,6 +24,7 @@ from torch import Tensor
 from ssm_dist import LLM, SamplingParams
 from ssm_dist.scheduler import Chunk, Sequence
 from ssm_dist.text import Tokenizer
+from ssm_dist.version import commit
 
 CHECKPOINTS = ["mamba-tiny-python", "falcon-mamba-tiny-python", "zamba-tiny-python"]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -97,7 +98,7 @@ def main() -> None:
     for name in CHECKPOINTS:
         rows += measure(Path("checkpoints") / name, text, options.tokens)
         print(json.dumps(rows[-len(DTYPES) :]), flush=True)
-    report = {"hardware": about, "command": command, "rows": rows}
+    report = {"hardware": about, "commit": commit(), "command": command, "rows": rows}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     table = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     table += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]

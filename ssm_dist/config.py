@@ -188,9 +188,6 @@ class BenchmarkConfig(Section):
     folder: Path | None = None
     """Write report.json and report.md here, with plots; report.json after every case already."""
 
-    commit: str | None = None
-    """What is measured, for the report; by default git tells."""
-
     @field_validator("new_tokens", mode="before")
     @classmethod
     def _takes_one_number_for_many(cls, value: Any) -> Any:

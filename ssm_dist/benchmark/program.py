@@ -8,7 +8,6 @@ import itertools
 import logging
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,11 +28,11 @@ from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.ranks import init_ranks
-from ssm_dist.version import __version__
+from ssm_dist.version import __version__, commit
 
 logger = logging.getLogger(__name__)
 
-PLACES = ("--out", "--benchmark.folder", "--benchmark.profile", "--benchmark.commit", "--commit")
+PLACES = ("--out", "--benchmark.folder", "--benchmark.profile")
 """Options, with a word after them, that a command is told without."""
 
 Document = dict[str, Any]
@@ -156,7 +155,7 @@ def new_document(config: Config, device: torch.device, rates: Ceilings | None) -
     return {
         "system": "ssm-dist",
         "version": __version__,
-        "commit": config.benchmark.commit or commit(),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         "command": command(Path(sys.argv[0]).name, sys.argv[1:]),
         "environment": {
@@ -167,7 +166,7 @@ def new_document(config: Config, device: torch.device, rates: Ceilings | None) -
             "ceilings": rates and asdict(rates),
             "variables": {key: value for key, value in os.environ.items() if key.startswith("NCCL_")},
         },
-        "config": config.model_dump(mode="json", exclude={"benchmark": {"folder", "profile", "commit"}}),
+        "config": config.model_dump(mode="json", exclude={"benchmark": {"folder", "profile"}}),
         "cases": [],
     }
 
@@ -178,22 +177,6 @@ def command(program: str, words: list[str]) -> str:
         w for before, w in zip(["", *words], words, strict=False) if before not in PLACES and w not in PLACES
     ]
     return " ".join([program, *kept])
-
-
-def commit() -> str | None:
-    """The commit of this package's own repository, with -dirty where files differ from it; None elsewhere."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
-    try:
-        tracked = [*git, "ls-files", "--error-unmatch", Path(__file__).name]
-        subprocess.run(tracked, check=True, capture_output=True)
-        done = subprocess.run(
-            [*git, "describe", "--always", "--dirty", "--abbrev=12", "--exclude", "*"],
-            check=True, capture_output=True, text=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
 
 
 def _brief(measures: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ from ssm_dist.kernel_benchmark.clock import Call, Clock
 from ssm_dist.kernel_benchmark.peers import installed_peers
 from ssm_dist.kernel_benchmark.precompile import precompile
 from ssm_dist.kernels import backend, tuning
-from ssm_dist.version import __version__
+from ssm_dist.version import __version__, commit
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +136,8 @@ def compiled_kernels() -> list[dict[str, Any]]:
 
 def environment(device: torch.device) -> dict[str, str]:
     """What a report has to say of the machine and the libraries."""
-    versions = {"ssm_dist": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    versions = {"ssm_dist": __version__, "commit": str(commit())}
+    versions |= {"torch": torch.__version__, "python": platform.python_version()}
     for package in ("triton", "mamba_ssm", "causal_conv1d"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
