@@ -46,17 +46,53 @@ MATRIX = [
         (64, 128, 0, 132, 5), (128, 128, 0, 132, 3),
     )
 ]  # fmt: skip
-JOINT = {
-    "linear_vector": VECTOR,
-    "projected_conv_update": [
-        {"BLOCK_D": d, "BLOCK_P": p, "num_warps": warps}
-        for d, p, warps in ((128, 32, 4), (64, 16, 2), (128, 16, 4), (256, 32, 8))
-    ],
-    "projected_state_update": [
-        {"BLOCK_D": d, "num_warps": warps} for d, warps in ((16, 2), (16, 4), (32, 4), (8, 1))
-    ],
-}
-"""Configured op -> candidates that are timed as parts of a step of one sequence."""
+TILES = {
+    name: {"BLOCK_N": 64, "BLOCK_K": k, "AHEAD": 0, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
+    for name, k, programs, stages in (
+        ("in", 64, 264, 6), ("out", 128, 264, 4), ("small", 128, 132, 5), ("x", 64, 96, 4), ("x2", 128, 120, 4)
+    )
+}  # fmt: skip
+PRODUCTS: tuning.Rows = [(2e6, TILES["small"]), (16e6, TILES["out"]), (tuning.ANY, TILES["in"])]
+"""dt_proj; out_proj; in_proj and the head."""
+JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
+    16: {
+        "x_proj": {"linear_transposed": TILES["x"]},
+        "x_proj, K=128": {"linear_transposed": TILES["x2"]},
+        "products": {"linear_16": PRODUCTS},
+        "products, x_proj": {"linear_16": PRODUCTS, "linear_transposed": TILES["x"]},
+        "dt_proj, x_proj": {"linear_16": [*PRODUCTS[:1], (tuning.ANY, {})], "linear_transposed": TILES["x"]},
+        "dt_proj, out_proj, x_proj": {
+            "linear_16": [*PRODUCTS[:2], (tuning.ANY, {})], "linear_transposed": TILES["x"]
+        },
+    },
+    64: {
+        "x_proj": {"linear_transposed": TILES["x"]},
+        "x_proj, K=128": {"linear_transposed": TILES["x2"]},
+        "dt_proj, x_proj": {"linear_64": [*PRODUCTS[:1], (tuning.ANY, {})], "linear_transposed": TILES["x"]},
+        "dt_proj, out_proj, x_proj": {
+            "linear_64": [*PRODUCTS[:1], (16e6, TILES["small"]), (tuning.ANY, {})],
+            "linear_transposed": TILES["x"],
+        },
+    },
+    4: {
+        "products by tensor cores": {"linear_vector": [(tuning.ANY, {})], "linear_16": PRODUCTS},
+        "large products by tensor cores": {
+            "linear_vector": [(2e6, VECTOR[0]), (tuning.ANY, {})], "linear_16": PRODUCTS
+        },
+        "8 rows": {"linear_vector": VECTOR[2]},
+        "conv 256": {"projected_conv_update": {"BLOCK_D": 256, "BLOCK_P": 32, "num_warps": 8}},
+        "update 8": {"projected_state_update": {"BLOCK_D": 8, "num_warps": 2}},
+    },
+    1: {
+        "conv 128": {"projected_conv_update": {"BLOCK_D": 128, "BLOCK_P": 32, "num_warps": 4}},
+        "conv 64": {"projected_conv_update": {"BLOCK_D": 64, "BLOCK_P": 32, "num_warps": 4}},
+        "conv 32": {"projected_conv_update": {"BLOCK_D": 32, "BLOCK_P": 64, "num_warps": 4}},
+        "update 8": {"projected_state_update": {"BLOCK_D": 8, "num_warps": 2}},
+        "update 32": {"projected_state_update": {"BLOCK_D": 32, "num_warps": 8}},
+        "update 16, 2 warps": {"projected_state_update": {"BLOCK_D": 16, "num_warps": 2}},
+    },
+}  # fmt: skip
+"""Sequences -> candidates of their steps -> op -> configuration, where it is not the recorded one."""
 ROWS = {"linear_vector": (1, 4), "linear_16": (16,), "linear_32": (32,), "linear_64": (64,)}
 """Configured op -> rows to time."""
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
@@ -135,12 +171,18 @@ def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy
     return row
 
 
-def joint_rows(model: LanguageModel, clock: Clock) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a step of one sequence by configuration of one op, the others as recorded."""
-    for op, candidates in JOINT.items():
-        for config in candidates:
-            with tuning.forced(op, config):
-                yield {"op": op, "config": _named(config), "ms": 1e3 * clock.seconds([step_of(model, 1)[0]])}
+def joint_rows(model: LanguageModel, clock: Clock, deadline: float) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step by configuration of some ops, the others as recorded, until the deadline."""
+    for sequences, candidates in JOINT.items():
+        step = step_of(model, sequences)[0]
+        for name, configs in {"recorded": {}, **candidates}.items():
+            if time.monotonic() > deadline:
+                print(f"left out: {sequences} sequences, {name}", file=sys.stderr)
+                continue
+            with contextlib.ExitStack() as stack:
+                for op, config in configs.items():
+                    stack.enter_context(tuning.forced(op, config))
+                yield {"sequences": sequences, "config": name, "ms": 1e3 * clock.seconds([step])}
 
 
 def candidates_row(

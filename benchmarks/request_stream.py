@@ -81,7 +81,7 @@ def main() -> reporting.Report:
     report = reporting.Report(options.out, options.preset, config)
     llm = LLM(report.loaded, config)
     prompts, params = requests(options)
-    timed(llm, prompts, params, len(prompts))
+    timed(llm, prompts, params, len(prompts))  # captures the steps of most shapes
     rows: list[dict[str, Any]] = []
     for name, batch in (("continuous", len(prompts)), ("fixed", options.sequences)):
         rows.append({"batches": name, **timed(llm, prompts, params, batch)})

@@ -115,7 +115,6 @@ class Model(nn.Module):
 def main() -> None:
     """Try the plan, shard the model, and compare."""
     check_plan(Model, PLAN, degree=4)
-    dist.init_process_group("gloo")
     tp = TensorParallel.over_all_ranks("cpu")
     torch.manual_seed(0)
     whole = Model()

@@ -57,7 +57,6 @@ def llama() -> LlamaForCausalLM:
 @torch.inference_mode()
 def main() -> None:
     """Perplexity-like numbers of the whole model, and of shards that sum exactly and in 8 bits."""
-    dist.init_process_group("gloo")
     tp = TensorParallel.over_all_ranks("cpu")
     tokens = torch.arange(40).view(2, 20)
     whole = llama()(tokens).logits

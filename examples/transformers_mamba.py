@@ -29,9 +29,6 @@ def main() -> None:
     parser.add_argument("--model", help="a folder or hub id of a MambaForCausalLM")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if device.type == "cuda":
-        torch.cuda.set_device(dist.get_rank() % torch.cuda.device_count())
     tp = TensorParallel.over_all_ranks(device.type)
 
     whole, model = load(options.model), load(options.model)

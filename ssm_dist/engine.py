@@ -25,6 +25,9 @@ from ssm_dist.state_cache import StateCache
 DECODE_PARTS, PREFILL_PARTS = 2, 8
 """Sizes of captured steps between two powers of two: of batches that decode, of tokens that prefill."""
 
+PREFILL_STEP = 64
+"""Tokens between two sizes at least: fewer take as long, since the weights are read all the same."""
+
 
 @dataclass(frozen=True)
 class Pending:
@@ -123,7 +126,7 @@ class Engine:
         tokens = padded = sum(c.length for c in chunks)
         sequences = len(chunks)
         if self.graphs is not None:
-            padded = bucket(tokens, max(self._chunk_tokens, tokens), PREFILL_PARTS)
+            padded = bucket(tokens, max(self._chunk_tokens, tokens), PREFILL_PARTS, PREFILL_STEP)
             sequences += padded > tokens
             sequences = 1 << (sequences - 1).bit_length()
         packed = self._packer.prefill(chunks, padded, sequences)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 Function = Callable[[Tensor], Any]
 
-MOST_GRAPHS = 64
+MOST_GRAPHS = 128
 """Graphs held at a time; the one unused for longest gives way."""
 
 
@@ -85,9 +85,12 @@ class Graphs:
         return numbers.to(self._device, non_blocking=True)
 
 
-def bucket(count: int, most: int, parts: int) -> int:
-    """The size, at most `most`, that `count` is padded to: one of `parts` between two powers of two."""
-    step = max(1, (1 << (count.bit_length() - 1)) // parts)
+def bucket(count: int, most: int, parts: int, least: int = 1) -> int:
+    """The size, at most `most`, that `count` is padded to: one of `parts` between two powers of two.
+
+    Sizes are `least` apart at least.
+    """
+    step = max(least, (1 << (count.bit_length() - 1)) // parts)
     return min(-(-count // step) * step, most)
 
 

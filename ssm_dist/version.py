@@ -8,10 +8,13 @@ __version__ = "0.1.0"
 
 
 def commit() -> str | None:
-    """The commit of this package's own repository, with -dirty where files differ from it.
+    """What the environment variable SSM_DIST_COMMIT says, for copies; else the commit of the repository.
 
-    Outside of a repository, what the environment variable SSM_DIST_COMMIT says; else None.
+    With -dirty where files differ from it; None outside of this package's own repository.
     """
+    told = os.environ.get("SSM_DIST_COMMIT")
+    if told:
+        return told
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
@@ -21,5 +24,5 @@ def commit() -> str | None:
             check=True, capture_output=True, text=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SSM_DIST_COMMIT")
+        return None
     return done.stdout.strip()

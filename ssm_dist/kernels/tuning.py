@@ -64,13 +64,13 @@ TABLE: dict[str, dict[int, Rows]] = {
     "projected_conv_update": {
         90: [
             (2048, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2}),
-            (ANY, {"BLOCK_D": 128, "BLOCK_P": 32, "num_warps": 4}),
+            (ANY, {"BLOCK_D": 256, "BLOCK_P": 32, "num_warps": 8}),
         ],
         80: [(ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2})],
     },
     # up to 8 sequences; size: channels
     "projected_state_update": {
-        90: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
+        90: [(ANY, {"BLOCK_D": 16, "num_warps": 4})],
         80: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
     },
     # size: rows
@@ -89,7 +89,7 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
         ],
     },
-    # up to 4 rows; size: numbers of the weight
+    # up to 4 rows; size: numbers of the weight. Empty: as up to 16 rows
     "linear_vector": {
         90: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
@@ -117,7 +117,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
 }
 
-_forced: dict[str, Configuration] = {}
+_forced: dict[str, Rows] = {}
 
 
 def configuration(op: str, size: float, device: torch.device) -> Configuration:
@@ -125,17 +125,18 @@ def configuration(op: str, size: float, device: torch.device) -> Configuration:
 
     Devices older than all of them, and the interpreter, use the oldest.
     """
-    if op in _forced:
-        return _forced[op]
-    architectures = TABLE[op]
-    known = [a for a in architectures if a <= architecture(device)] or [min(architectures)]
-    return next(config for limit, config in architectures[max(known)] if size <= limit)
+    rows = _forced.get(op)
+    if rows is None:
+        architectures = TABLE[op]
+        known = [a for a in architectures if a <= architecture(device)] or [min(architectures)]
+        rows = architectures[max(known)]
+    return next(config for limit, config in rows if size <= limit)
 
 
 @contextlib.contextmanager
-def forced(op: str, config: Configuration) -> Iterator[None]:
-    """Run a block with one configuration of `op` (the sweep; tests of block boundaries)."""
-    _forced[op] = config
+def forced(op: str, config: Configuration | Rows) -> Iterator[None]:
+    """Run a block with one configuration of `op`, or one by size (sweeps; tests of block boundaries)."""
+    _forced[op] = config if isinstance(config, list) else [(ANY, config)]
     try:
         yield
     finally:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from ssm_dist.errors import UserError
 from ssm_dist.parallel.collectives import EXACT, Reductions, register_group
 
 
@@ -26,7 +29,13 @@ class TensorParallel:
 
     @classmethod
     def over_all_ranks(cls, device_type: str, reductions: Reductions = EXACT) -> TensorParallel:
-        """The group of every rank of the initialised process group."""
+        """The group of every rank that torchrun started, or of those of a process group that there is already.
+
+        Without one, it is initialised: NCCL and a GPU for each rank ("cuda"), or gloo ("cpu"). Raises
+        `UserError` in a process that torchrun did not start.
+        """
+        if not dist.is_initialized():
+            _join_ranks(device_type)
         degree = dist.get_world_size()
         mesh = init_device_mesh(device_type, (degree,), mesh_dim_names=("tp",))
         name = register_group(f"tp{degree}", mesh.get_group(), reductions.timeout_seconds)
@@ -69,6 +78,17 @@ class TensorParallel:
         row_bytes = width * dtype.itemsize
         for name in (self.group, *_subgroups.get(self.mesh, {}).values()):
             open_shared_memory(name, row_bytes, tokens * row_bytes, device)
+
+
+def _join_ranks(device_type: str) -> None:
+    if "RANK" not in os.environ:
+        raise UserError(
+            "this is 1 process without ranks; start it with "
+            f"`torchrun --standalone --nproc-per-node 2 {sys.argv[0] or 'SCRIPT.py'}`"
+        )
+    if device_type == "cuda":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if device_type == "cuda" else "gloo")
 
 
 _subgroups: dict[DeviceMesh, dict[int, str]] = {}
