@@ -29,9 +29,9 @@ class TensorParallel:
 
     @classmethod
     def over_all_ranks(cls, device_type: str, reductions: Reductions = EXACT) -> TensorParallel:
-        """The group of every rank that torchrun started, or of those of a process group that there is already.
+        """The group of all ranks, which join here unless their process group is there already.
 
-        Without one, it is initialised: NCCL and a GPU for each rank ("cuda"), or gloo ("cpu"). Raises
+        They are those that torchrun started: over NCCL, each with its GPU ("cuda"), or gloo ("cpu"). Raises
         `UserError` in a process that torchrun did not start.
         """
         if not dist.is_initialized():

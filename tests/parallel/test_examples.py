@@ -10,14 +10,27 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(name: str) -> str:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*command, f"examples/{name}.py"], cwd=ROOT, capture_output=True, text=True, timeout=200,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def start(name: str, *launcher: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *launcher, f"examples/{name}.py"], cwd=ROOT, capture_output=True, text=True,
+        timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+
+
+def run(name: str) -> str:
+    done = start(name, *TORCHRUN)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
+
+
+def test_without_torchrun_an_example_says_how_it_is_started() -> None:
+    done = start("own_model")
+    said = done.stderr.splitlines()[-1]
+    assert done.returncode != 0
+    assert "1 process" in said and "torchrun --standalone --nproc-per-node 2 examples/own_model.py" in said
 
 
 def test_a_model_of_ones_own_under_a_short_plan() -> None:
