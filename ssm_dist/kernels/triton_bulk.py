@@ -50,7 +50,7 @@ class BulkMemory:
     epochs: Tensor
     """(PROGRAMS,) int32 on the device: calls that a program has taken part in."""
     error: Tensor
-    """(1,) int32 on the device: 0, or the code of a wait that failed."""
+    """What `triton_remote.error_words` made: the code of a wait that failed, if one has."""
     capacity: int
     """Bytes of each of the two regions, a multiple of 16."""
     limit: int

@@ -45,7 +45,7 @@ class PushMemory:
     counters: Tensor
     """(slots,) int32 on the device: uses of each slot."""
     error: Tensor
-    """(1,) int32 on the device: 0, or the code of a wait that failed."""
+    """What `triton_remote.error_words` made: the code of a wait that failed, if one has."""
     slot_bytes: int
     limit: int
     """Nanoseconds that a wait may take."""

@@ -4,8 +4,12 @@ Two protocols. *Words that are their own flags*: a sender stores 16 bytes at onc
 of the four words is EMPTY, and stores EMPTY again. *Flags*: a sender stores data, then raises a flag with
 release; a receiver polls the flag with acquire, then loads the data.
 
-A wait ends after `limit` nanoseconds with a code in the error word, and at once when the word is set already,
-so that a graph full of waits ends soon after the first one that failed. What it returns then is of no use.
+A wait ends after `limit` nanoseconds with a code in the error words, and at once when there is a code
+already, so that a graph full of waits ends soon after the first one that failed. What it returns then is of
+no use. The words are in the device's own memory, and lead to one in the host's: thousands of threads that
+look into the host's memory while they wait take milliseconds for it, and the other rank then waits as long
+in the next call.
+
 Triton's interpreter takes no inline assembly: there, ranks are played one phase after the other, and nobody
 waits.
 
@@ -22,6 +26,7 @@ import functools
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ssm_dist.kernels.triton_common import INTERPRETED
 
@@ -46,7 +51,7 @@ PATIENCE = """
     and.b32     word, polls, 1023;
     setp.ne.s32 again, word, 0;
     @again bra  poll;
-    ld.relaxed.sys.global.b32 word, [{error}];
+    ld.relaxed.gpu.global.b32 word, [{error}];
     setp.ne.s32 again, word, 0;
     @again bra  over;
     mov.u64     now, %globaltimer;
@@ -55,6 +60,13 @@ PATIENCE = """
     sub.s64     now, now, begun;
     setp.lt.s64 again, now, {limit};
     @again bra  poll;
+"""
+
+# leave the code of a wait that failed in the error words
+FAIL = """
+    st.relaxed.sys.global.b32 [{error}], {code};
+    ld.global.b64 begun, [{error}+8];
+    st.relaxed.sys.global.b32 [begun], {code};
 """
 
 WAIT = tl.constexpr(
@@ -71,12 +83,20 @@ poll:
     setp.ge.s32 again, word, 0;
     @again bra  over;"""
     + PATIENCE.format(error="$3", limit="$4")
+    + FAIL.format(error="$3", code="$5")
     + """
-    st.relaxed.sys.global.b32 [$3], $5;
 over:
 }
 """
 )
+
+
+def error_words(host: Tensor, device: torch.device) -> Tensor:
+    """(4,) int32 on the device: a code, 0 so far, and from the third on the address of `host`.
+
+    host: (1,) int32 in pinned memory; it gets the code, too, for who would not wait for the device.
+    """
+    return torch.tensor([0, host.data_ptr()], dtype=torch.int64).to(device).view(torch.int32)
 
 
 @functools.cache
@@ -85,7 +105,7 @@ def taking(sources: int, dtype: torch.dtype) -> str:
 
     $0 to $7: the sums, float32 (two a word; of float32, the first of each two); $8: address of the first
     place; $9: whether anything is wanted (else 0); $10: distance of the places; $11: address of the error
-    word; $12: limit; $13: code, to which the number of the first place that is empty is added.
+    words; $12: limit; $13: code, to which the number of the first place that is empty is added.
     """
     places = range(sources)
     words = [[f"w{4 * place + i}" for i in range(4)] for place in places]
@@ -112,7 +132,7 @@ def taking(sources: int, dtype: torch.dtype) -> str:
             *zero, "setp.eq.s32 again, $9, 0;", "@again bra nothing;",
             "mov.b32 polls, 0;", "mov.b64 begun, 0;", *addresses,
             "poll:", *load, *empty, "@!again bra over;", PATIENCE.format(error="$11", limit="$12"),
-            *blame, "st.relaxed.sys.global.b32 [$11], word;",
+            *blame, FAIL.format(error="$11", code="word"),
             "over:", *leave, *add,
             "nothing:", "}",
         ]
@@ -177,7 +197,7 @@ def take_sum(
 ):  # fmt: skip
     """What has come to the addresses at + i * distance, i < SOURCES, added up in order; EMPTY is left there.
 
-    at (BLOCK,) int64; wanted (BLOCK,), 0 is returned elsewhere; error: address of the error word; TAKING:
+    at (BLOCK,) int64; wanted (BLOCK,), 0 is returned elsewhere; error: address of the error words; TAKING:
     `taking(SOURCES, DTYPE)`. Returns the two halves of each of the four words, eight times (BLOCK,) float32.
     """
     zero = tl.zeros(at.shape, tl.float32)

@@ -33,6 +33,7 @@ from ssm_dist.kernels.triton_push import (
     push_sum,
     push_sum_add_rms_norm,
 )
+from ssm_dist.kernels.triton_remote import error_words
 from ssm_dist.parallel.collectives.groups import Group, group_named
 
 LARGEST_REGION = 384 * 2**20
@@ -53,7 +54,7 @@ class SharedMemory:
     push: PushMemory
     bulk: BulkMemory
     error: Tensor
-    """(1,) int32 in pinned host memory: kernels write it, and the host reads it without waiting for them."""
+    """(1,) int32 in pinned host memory: kernels write it when a wait fails, and the host can read it."""
     handle: Any
     """torch's symmetric memory, and the buffer."""
 
@@ -168,8 +169,9 @@ def _memory_at(
     counters = torch.zeros(slots, dtype=torch.int32, device=device)
     epochs = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
     limit = _nanoseconds(group.timeout_seconds)
-    push = PushMemory(group.rank, tuple(a + at_push for a in around), counters, error, slot_bytes, limit)
-    bulk = BulkMemory(group.rank, tuple(around), epochs, error, capacity, limit)
+    words = error_words(error, device)
+    push = PushMemory(group.rank, tuple(a + at_push for a in around), counters, words, slot_bytes, limit)
+    bulk = BulkMemory(group.rank, tuple(around), epochs, words, capacity, limit)
     return SharedMemory(push, bulk, error, handle)
 
 
