@@ -2,11 +2,11 @@
 
     python -m benchmarks.decode_kernels [--seconds 90] [--out decode_kernels.json]
 
-Part 1: decode steps of whole models with random weights, from token ids to logits, captured in a CUDA graph;
-milliseconds. Part 2: the linear layers that a rank holds, by the candidates of the tuning table and by torch,
-in a graph of calls on so many weights that the L2 cache holds none of them; microseconds a call. The floor is
-the time to read the weights at the bandwidth of a large copy. What the time allowed leaves out is said. The
-last line is one JSON document.
+Part 1: decode steps of whole models with random weights, from token ids to logits, captured in a CUDA graph,
+by configuration and then by what serves them; milliseconds. Part 2: the linear layers that a rank holds, by
+the candidates of the tuning table and by torch, in a graph of calls on so many weights that the L2 cache
+holds none of them; microseconds a call. The floor is the time to read the weights at a large copy's rate.
+What the time allowed leaves out is said. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
+from benchmarks.decode_candidates import JOINT, MATRIX, ROWS, VECTOR
 from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import linear_layers
 from ssm_dist.kernel_benchmark.clock import Call, Clock
@@ -35,66 +36,6 @@ from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.registry import preset
 
-VECTOR = [
-    {"BLOCK_N": n, "AHEAD": ahead, "num_warps": warps}
-    for n, ahead, warps in ((4, 0, 4), (4, 528, 4), (8, 0, 4), (8, 264, 4), (8, 0, 8), (16, 0, 8))
-]
-MATRIX = [
-    {"BLOCK_N": n, "BLOCK_K": k, "AHEAD": ahead, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
-    for n, k, ahead, programs, stages in (
-        (64, 64, 0, 264, 6), (64, 128, 0, 264, 4), (128, 64, 0, 264, 4), (64, 64, 512, 264, 6),
-        (64, 128, 0, 132, 5), (128, 128, 0, 132, 3),
-    )
-]  # fmt: skip
-TILES = {
-    name: {"BLOCK_N": 64, "BLOCK_K": k, "AHEAD": 0, "PROGRAMS": programs, "num_warps": 4, "num_stages": stages}
-    for name, k, programs, stages in (
-        ("in", 64, 264, 6), ("out", 128, 264, 4), ("small", 128, 132, 5), ("x", 64, 96, 4), ("x2", 128, 120, 4)
-    )
-}  # fmt: skip
-PRODUCTS: tuning.Rows = [(2e6, TILES["small"]), (16e6, TILES["out"]), (tuning.ANY, TILES["in"])]
-"""dt_proj; out_proj; in_proj and the head."""
-JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    16: {
-        "x_proj": {"linear_transposed": TILES["x"]},
-        "x_proj, K=128": {"linear_transposed": TILES["x2"]},
-        "products": {"linear_16": PRODUCTS},
-        "products, x_proj": {"linear_16": PRODUCTS, "linear_transposed": TILES["x"]},
-        "dt_proj, x_proj": {"linear_16": [*PRODUCTS[:1], (tuning.ANY, {})], "linear_transposed": TILES["x"]},
-        "dt_proj, out_proj, x_proj": {
-            "linear_16": [*PRODUCTS[:2], (tuning.ANY, {})], "linear_transposed": TILES["x"]
-        },
-    },
-    64: {
-        "x_proj": {"linear_transposed": TILES["x"]},
-        "x_proj, K=128": {"linear_transposed": TILES["x2"]},
-        "dt_proj, x_proj": {"linear_64": [*PRODUCTS[:1], (tuning.ANY, {})], "linear_transposed": TILES["x"]},
-        "dt_proj, out_proj, x_proj": {
-            "linear_64": [*PRODUCTS[:1], (16e6, TILES["small"]), (tuning.ANY, {})],
-            "linear_transposed": TILES["x"],
-        },
-    },
-    4: {
-        "products by tensor cores": {"linear_vector": [(tuning.ANY, {})], "linear_16": PRODUCTS},
-        "large products by tensor cores": {
-            "linear_vector": [(2e6, VECTOR[0]), (tuning.ANY, {})], "linear_16": PRODUCTS
-        },
-        "8 rows": {"linear_vector": VECTOR[2]},
-        "conv 256": {"projected_conv_update": {"BLOCK_D": 256, "BLOCK_P": 32, "num_warps": 8}},
-        "update 8": {"projected_state_update": {"BLOCK_D": 8, "num_warps": 2}},
-    },
-    1: {
-        "conv 128": {"projected_conv_update": {"BLOCK_D": 128, "BLOCK_P": 32, "num_warps": 4}},
-        "conv 64": {"projected_conv_update": {"BLOCK_D": 64, "BLOCK_P": 32, "num_warps": 4}},
-        "conv 32": {"projected_conv_update": {"BLOCK_D": 32, "BLOCK_P": 64, "num_warps": 4}},
-        "update 8": {"projected_state_update": {"BLOCK_D": 8, "num_warps": 2}},
-        "update 32": {"projected_state_update": {"BLOCK_D": 32, "num_warps": 8}},
-        "update 16, 2 warps": {"projected_state_update": {"BLOCK_D": 16, "num_warps": 2}},
-    },
-}  # fmt: skip
-"""Sequences -> candidates of their steps -> op -> configuration, where it is not the recorded one."""
-ROWS = {"linear_vector": (1, 4), "linear_16": (16,), "linear_32": (32,), "linear_64": (64,)}
-"""Configured op -> rows to time."""
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
           ("falcon-mamba-7b", 4), ("zamba-7b", 1), ("zamba-7b", 4)]  # fmt: skip
 """Model and degree, in the order in which the time is spent."""
@@ -106,12 +47,8 @@ VARIANTS = {
     "ordinary": ([], True),
     "separate": (JOINED, False),
     "dependent": ([], False),
-    "tensor cores": ([], False),
 }
-"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way.
-
-"tensor cores": our products of 5 to 64 rows, too, as the first candidate has them.
-"""
+"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way."""
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
 
@@ -121,9 +58,7 @@ def variant(name: str) -> Iterator[None]:
     """What serves a decode step: see VARIANTS."""
     definitions, ordinary = VARIANTS[name]
     launches = dependent_launch.ordinary_launches() if ordinary else contextlib.nullcontext()
-    with launches, backend.using("triton", "cuda", definitions=definitions), contextlib.ExitStack() as stack:
-        for op in ROWS if name == "tensor cores" else ():
-            stack.enter_context(tuning.forced(op, (VECTOR if op == "linear_vector" else MATRIX)[0]))
+    with launches, backend.using("triton", "cuda", definitions=definitions):
         yield
 
 
@@ -161,14 +96,21 @@ def step_of(model: LanguageModel, sequences: int) -> tuple[Call, int]:
     return step, moved
 
 
-def step_row(name: str, model: LanguageModel, sequences: int, clock: Clock, copy: float) -> dict[str, Any]:
-    """Milliseconds of a step by variant; the floor is that of a copy of as many bytes."""
-    step, moved = step_of(model, sequences)
-    row: dict[str, Any] = {"model": name, "sequences": sequences, "floor": 1e3 * moved / copy}
-    for kind in VARIANTS:
-        with variant(kind):
-            row[kind] = 1e3 * clock.seconds([step])
-    return row
+def step_rows(model: LanguageModel, clock: Clock, copy: float, deadline: float) -> Iterator[dict[str, Any]]:
+    """Milliseconds of a step by variant, until the deadline; the floor is that of a copy of as many bytes."""
+    loaded = STEPS[0][0]
+    for name, sequences in STEPS:
+        if time.monotonic() > deadline:
+            print(f"left out: {name}, {sequences} sequences", file=sys.stderr)
+            continue
+        if name != loaded:
+            model, loaded = random_model(name), name
+        step, moved = step_of(model, sequences)
+        row: dict[str, Any] = {"model": name, "sequences": sequences, "floor": 1e3 * moved / copy}
+        for kind in VARIANTS:
+            with variant(kind):
+                row[kind] = 1e3 * clock.seconds([step])
+        yield row
 
 
 def joint_rows(model: LanguageModel, clock: Clock, deadline: float) -> Iterator[dict[str, Any]]:
@@ -253,21 +195,16 @@ def main() -> None:
         "joint": [],
     }
     times = dict.fromkeys(("floor", "torch", "ordinary", "dependent"), ".2f")
-    model, loaded = None, ""
-    for name, sequences in STEPS:
-        if name != loaded:
-            model, loaded = None, name
-            model = random_model(name)
-        assert model is not None
-        report["steps"].append(step_row(name, model, sequences, clock, copy))
-        if not report["joint"]:
-            report["joint"] = list(joint_rows(model, clock))
-    model = None
     console = Console(width=180)
-    columns = {"model": "", "sequences": "d", **times, "separate": ".2f", "tensor cores": ".2f"}
+    model = random_model(STEPS[0][0])
+    report["joint"] = list(joint_rows(model, clock, deadline))
+    console.print(
+        table(report["joint"], f"Steps of {STEPS[0][0]}", {"sequences": "d", "config": "", "ms": ".3f"})
+    )
+    report["steps"] = list(step_rows(model, clock, copy, deadline))
+    del model
+    columns = {"model": "", "sequences": "d", **times, "separate": ".2f"}
     console.print(table(report["steps"], "Decode steps, ms", columns))
-    title = f"Steps of {STEPS[0][0]}, one sequence"
-    console.print(table(report["joint"], title, {"op": "", "config": "", "ms": ".3f"}))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
     console.print(

@@ -212,15 +212,21 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
     y = _outputs(x, weight, bias)
     with torch.cuda.device_of(x):
-        by_vector = x.shape[0] <= VECTOR_ROWS and weight.is_contiguous()
-        (_vector if by_vector else _matrix)(x, weight, bias, y)
+        (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
     return y
+
+
+def _by_vector(x: Tensor, weight: Tensor) -> bool:
+    """Whether the ordinary units multiply: where the tensor cores' kernel is faster, they have no entry."""
+    if x.shape[0] > VECTOR_ROWS or not weight.is_contiguous():
+        return False
+    return bool(tuning.configuration("linear_vector", weight.numel(), x.device))
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
     if x.dim() != 2 or x.dtype != weight.dtype or x.stride(1) != 1 or not 0 < x.shape[0] <= MOST_ROWS:
         return False
-    if weight.is_contiguous() and x.shape[0] <= VECTOR_ROWS:
+    if _by_vector(x, weight):
         return True
     if x.element_size() > 2 or not (weight.is_contiguous() or weight.T.is_contiguous()):
         return False

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist import kernels
-from ssm_dist.kernels import backend
+from ssm_dist.kernels import backend, triton_linear
 from tests.kernels.inputs import conv_inputs, scan_inputs
 
 pytestmark = [
@@ -23,12 +23,19 @@ SHAPES = [(10240, 2560), (2560, 5120), (1280, 160), (3712, 14848), (50280, 2560)
 
 
 def bounded(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether y is off no more than sums of K products in float32, in any order, and one rounding may be."""
+    """Whether y is off no more than sums of K products in float32, in any order, and one rounding may be.
+
+    cuBLAS may round the sum of products once more, before it adds the bias (it does for some single columns).
+    """
     wide = [t.double() for t in (x, weight)]
     added = torch.zeros((), dtype=torch.float64) if bias is None else bias.double()
-    exact = wide[0] @ wide[1].T + added
+    products = wide[0] @ wide[1].T
+    exact = products + added
+    rounded = exact.abs()
+    if bias is not None and not triton_linear._serves(x, weight):
+        rounded = rounded + products.abs()
     size = wide[0].abs() @ wide[1].abs().T + added.abs()
-    bound = (x.shape[1] + 2) * 2.0**-24 * size + torch.finfo(y.dtype).eps / 2 * exact.abs() * (1 + 2**-8)
+    bound = (x.shape[1] + 2) * 2.0**-24 * size + torch.finfo(y.dtype).eps / 2 * rounded * (1 + 2**-7)
     return bool(((y.double() - exact).abs() <= bound + torch.finfo(y.dtype).tiny).all())
 
 
