@@ -39,7 +39,7 @@ from ssm_dist.registry import preset
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
           ("falcon-mamba-7b", 4), ("zamba-7b", 1), ("zamba-7b", 4)]  # fmt: skip
 """Model and degree, in the order in which the time is spent."""
-STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("mamba-2.8b", 16), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1)]
+STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1), ("falcon-mamba-7b", 4)]
 """Model and sequences."""
 JOINED = ["projected_conv_update", "projected_state_update"]
 VARIANTS = {
@@ -47,8 +47,12 @@ VARIANTS = {
     "ordinary": ([], True),
     "separate": (JOINED, False),
     "dependent": ([], False),
+    "conv 64": ([], False),
 }
-"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way."""
+"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way.
+
+"conv 64": so few channels a program that the joined convolution takes Falcon's x_proj, too.
+"""
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
 
@@ -58,7 +62,9 @@ def variant(name: str) -> Iterator[None]:
     """What serves a decode step: see VARIANTS."""
     definitions, ordinary = VARIANTS[name]
     launches = dependent_launch.ordinary_launches() if ordinary else contextlib.nullcontext()
-    with launches, backend.using("triton", "cuda", definitions=definitions):
+    fewer = {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 8}
+    conv = tuning.forced(JOINED[0], fewer) if name == "conv 64" else contextlib.nullcontext()
+    with launches, conv, backend.using("triton", "cuda", definitions=definitions):
         yield
 
 
@@ -203,7 +209,7 @@ def main() -> None:
     )
     report["steps"] = list(step_rows(model, clock, copy, deadline))
     del model
-    columns = {"model": "", "sequences": "d", **times, "separate": ".2f"}
+    columns = {"model": "", "sequences": "d", **times, "separate": ".2f", "conv 64": ".2f"}
     console.print(table(report["steps"], "Decode steps, ms", columns))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
