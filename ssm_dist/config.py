@@ -253,9 +253,15 @@ def load_config(path: Path | None, overrides: list[str], schema: type[Config] = 
 
 
 def build_config(
-    path: Path | None, flags: dict[str, dict[str, Any]], schema: type[Config] = Config
+    path: Path | None,
+    flags: dict[str, dict[str, Any]],
+    schema: type[Config] = Config,
+    given_by: str = "command line",
 ) -> Config:
-    """As `load_config`, with the command line already read into sections of keys that were given."""
+    """As `load_config`, with what is given besides the file already read into sections of keys.
+
+    given_by: who gave them, for messages.
+    """
     table = {} if path is None else _read_toml(path)
     layers: dict[str, Any] = {"model": {}, **table}
     for section, given in flags.items():
@@ -265,7 +271,8 @@ def build_config(
     try:
         return schema.model_validate(layers)
     except ValidationError as error:
-        mistakes = [_explain(schema, mistake, path, flags) for mistake in error.errors(include_url=False)]
+        errors = error.errors(include_url=False)
+        mistakes = [_explain(schema, mistake, path, flags, given_by) for mistake in errors]
         raise UserError("\n".join(mistakes)) from None
 
 
@@ -286,12 +293,14 @@ def _without_alternatives(section: str, below: dict[str, Any], given: dict[str, 
     return {key: value for key, value in below.items() if not (key in pair and given.keys() & set(pair))}
 
 
-def _explain(schema: type[Config], mistake: ErrorDetails, path: Path | None, flags: dict[str, Any]) -> str:
+def _explain(
+    schema: type[Config], mistake: ErrorDetails, path: Path | None, flags: dict[str, Any], given_by: str
+) -> str:
     section, key = (str(part) for part in (*mistake["loc"], "")[:2])
     name = f"{section}.{key}" if key else section
     given = flags.get(section, {}).keys()
-    on_command_line = key in given if key else bool(given & set(ALTERNATIVES.get(section, ())))
-    source = path if path and not on_command_line else "command line"
+    beside_file = key in given if key else bool(given & set(ALTERNATIVES.get(section, ())))
+    source = path if path and not beside_file else given_by
     if mistake["type"] == "extra_forbidden":
         return f"{source}: unknown key {name}; the nearest valid one is {_nearest(schema, name)}"
     if mistake["type"] == "value_error" and not key:

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.capture import start_engine
 from ssm_dist.checkpoint.save import save_huggingface
-from ssm_dist.config import Config
+from ssm_dist.config import Config, build_config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel
@@ -97,13 +97,13 @@ class LLM:
         """Load a Hugging Face folder or hub id.
 
         tensor_parallel: the degree; by default the number of ranks that torchrun started. Sections of the
-        configuration are given as dictionaries: from_pretrained(folder, cache={"max_sequences": 64}).
+        configuration are given as dictionaries: from_pretrained(folder, cache={"max_sequences": 64}). Raises
+        `UserError` for keys and values that are none, and as `load_model`.
         """
         degree = tensor_parallel or int(os.environ.get("WORLD_SIZE", "1"))
         model = {"checkpoint": str(checkpoint)} | sections.pop("model", {})
-        return cls.from_config(
-            Config.model_validate({"model": model, "parallel": {"tensor": degree}, **sections})
-        )
+        given = {"model": model, "parallel": {"tensor": degree}, **sections}
+        return cls.from_config(build_config(None, given, given_by="from_pretrained"))
 
     def generate(
         self,

@@ -197,3 +197,8 @@ def test_a_prompt_longer_than_the_pages_is_refused_before_it_starts(folders: dic
     with pytest.raises(UserError, match="max_tokens"):
         model.generate([list(range(1, 30))], SamplingParams(max_new_tokens=8))
     assert len(model.generate([list(range(1, 30))], SamplingParams(max_new_tokens=2))[0].token_ids) > 0
+
+
+def test_a_wrong_key_names_the_nearest_one(folders: dict[str, Path]):
+    with pytest.raises(UserError, match=r"cache\.max_seq; the nearest valid one is cache\.max_sequences"):
+        LLM.from_pretrained(folders["mamba"], cache={"max_seq": 64})
