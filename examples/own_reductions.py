@@ -1,6 +1,6 @@
 """Swapping only the reduction in somebody else's Llama-style model: its sums travel in 8 bits a number.
 
-    torchrun --standalone --nproc-per-node 2 examples/own_reductions.py
+    torchrun --standalone --nproc-per-node 2 examples/own_reductions.py     # needs transformers
 
 The plan is the ordinary one of columns and rows; what is ours is how the partial sums of o_proj and down_proj
 meet. The same is had for every plan at once by TensorParallel.over_all_ranks(device, Reductions(branch=...)).

@@ -1,6 +1,6 @@
 """transformers' Mamba, sharded in place by our plan and driven by its own generate.
 
-    torchrun --standalone --nproc-per-node 2 examples/transformers_mamba.py
+    torchrun --standalone --nproc-per-node 2 examples/transformers_mamba.py     # needs transformers
 
 A tiny one with random weights, or `--model state-spaces/mamba-130m-hf`. Every rank loads the whole model,
 and keeps its shard.
