@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, push, take_sum, taking, word_of
 
 ALL = -1
@@ -86,6 +87,7 @@ def _push_sum_kernel(
     RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, CODE: tl.constexpr,
     TAKE_PARTS: tl.constexpr, TAKE_SUM: tl.constexpr,
     WITH_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PHASE: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one unit, `chunks` times 16 bytes of the message's `all_chunks`.
 
@@ -93,6 +95,8 @@ def _push_sum_kernel(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PER_CHUNK: tl.constexpr = 4 if DTYPE == tl.float32 else 8  # noqa: SIM300
+    start_next(PDL)
+    wait_for_inputs(PDL)  # for the counters, too, which the kernel before may be about to change
     unit = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
     inside = chunk < tl.minimum(chunks, all_chunks - unit * chunks)
@@ -200,5 +204,5 @@ def _launch(
             RANKS=memory.ranks, TWO_SHOT=two_shot, CODE=CODES["two_shot" if two_shot else "one_shot"],
             TAKE_PARTS=taking(memory.ranks, x.dtype), TAKE_SUM=taking(1, x.dtype),
             WITH_NORM=weight is not None, HAS_RESIDUAL=residual is not None, BLOCK=block, PHASE=phase,
-            num_warps=min(16, block // 32), enable_fp_fusion=True,
+            num_warps=min(16, block // 32), enable_fp_fusion=True, **launch_options(x.device),
         )  # fmt: skip
