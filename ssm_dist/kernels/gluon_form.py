@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -43,23 +44,34 @@ STREAMED = True
 """Whether inputs that can be read 16 bytes at a time are."""
 SCHEDULERS = 528
 """132 multiprocessors with four each, and a special-function unit to each scheduler."""
-LATENCY, SHARE = 60, 65
-"""Cycles a token, and for each warp of a scheduler's, by a model of the machine code for 1 to 5 warps."""
-SUMMARY = 0.87
-"""Of a token's cycles, without output."""
-START = 4000
-"""Cycles until a program is under way: states, the first loads, summaries to fold."""
+LATENCY, SHARE = 15, 51
+"""Nanoseconds a token, and for each warp of a scheduler's: H100, whole sequences with 1, 2 and 5 warps."""
+SUMMARY, FOLD = 0.85, 1.0
+"""In tokens: one without output, and what folding a summary into a state takes."""
+START, PASSES = 2000, 4000
+"""Nanoseconds until a program is under way, and for a second pass."""
+LONG = 4096
+"""Tokens from which more tiles ahead pay for the longer start."""
 ENOUGH, SHORTEST = 3800, 160
 """Warps in all chunks, and tokens of the shortest chunk, where loads go into registers."""
 
 
-def _cycles(tokens: float, warps: int, held: int) -> float:
-    """For so many tokens of each warp, where a scheduler holds at most `held` warps at a time."""
-    waves, rest = divmod(warps, held * SCHEDULERS)
-    last = -(-rest // SCHEDULERS)
-    return waves * (START + tokens * (LATENCY + SHARE * held)) + (
-        START + tokens * (LATENCY + SHARE * last) if rest else 0
-    )
+def _nanoseconds(tokens: float, warps: int, held: int) -> float:
+    """For so many tokens of each warp, of which a scheduler has registers for `held` at a time."""
+    share = warps / SCHEDULERS
+    if share > held:  # warps begin as others end, and all schedulers are busy until about the end
+        return share / held * (START + tokens * (LATENCY + SHARE * held))
+    return START + tokens * (LATENCY + SHARE * math.ceil(share))
+
+
+def _two_passes(chunk: int, chunks: int, warps: int) -> float:
+    """Nanoseconds for sequences in so many chunks; warps: of one chunk of all sequences.
+
+    Either pass has all chunks but one, and the first scans one of them.
+    """
+    first = chunk * (1 + SUMMARY * (chunks - 2)) / (chunks - 1)
+    second, at_work = chunk + FOLD * chunks, warps * (chunks - 1)
+    return PASSES + _nanoseconds(first, at_work, 4) + _nanoseconds(second, at_work, 4)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -69,10 +81,10 @@ def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
     if not (streams and STREAMED):
         chunks = min(ENOUGH // warps, length // SHORTEST)
         return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
-    best, form = _cycles(length, warps, 5), Form(0, 1, 1, 1, 4, 96)
-    for chunks in range(3, min(length // 64, 128) + 1):
-        chunk = 16 * -(-length // (16 * chunks))
-        cost = _cycles(SUMMARY * chunk, (chunks - 1) * warps, 4) + _cycles(chunk, chunks * warps, 4)
+    best, form = _nanoseconds(length, warps, 5), Form(0, 1, 1, 1, 6 if length >= LONG else 4, 96)
+    for parts in range(3, min(length // 64, 128) + 1):
+        chunk = 16 * -(-length // (16 * parts))
+        cost = _two_passes(chunk, -(-length // chunk), warps)
         if cost < best:
-            best, form = cost, Form(chunk, 1, 1, 1, 4, 128)
+            best, form = cost, Form(chunk, 1, 1, 1, 4)
     return form

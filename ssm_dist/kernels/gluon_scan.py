@@ -7,6 +7,8 @@ scanned in two passes: the first scans the first chunk of each sequence, and sum
 last (end state from a zero start, sum of dt); the second folds the summaries before a chunk into its entering
 state, and scans it. The second starts while the first ends (`dependent_launch`): all else that it reads was
 there before the first, which is launched in the ordinary way.
+
+Programs without work are the last of a launch: among the others, they would leave multiprocessors uneven.
 """
 
 from __future__ import annotations
@@ -26,17 +28,19 @@ from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
 
 @gluon.jit
 def _find_item(seq_offsets, sequences, item, chunk):
-    """Sequence, its first token and its end, first token of the item; items as in `chunk_of_program`."""
+    """Sequence of the item, and which of its chunks but the last that is, if below their number.
+
+    A sequence's items begin with its first token's number // chunk, and are no fewer than its chunks but one.
+    """
     low = 0
     high = sequences - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if gl.load(seq_offsets + middle) // chunk + middle <= item:
+        if gl.load(seq_offsets + middle) // chunk <= item:
             low = middle
         else:
             high = middle - 1
-    first = gl.load(seq_offsets + low)
-    return low, first, gl.load(seq_offsets + low + 1), first + (item - first // chunk - low) * chunk
+    return low, item - gl.load(seq_offsets + low) // chunk
 
 
 @gluon.jit
@@ -96,10 +100,10 @@ def _advance(
     return s, passed
 
 
-@gluon.jit(do_not_specialize=["sequences", "chunk", "group_blocks"])
+@gluon.jit(do_not_specialize=["sequences", "items", "chunk", "group_blocks"])
 def scan_kernel(
     x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, ends, sums,
-    sequences, chunk, channels, group_channels, group_blocks,
+    sequences, items, chunk, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
     STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
@@ -111,25 +115,27 @@ def scan_kernel(
     item = gl.program_id(0) // blocks
     block = gl.program_id(0) % blocks
     group = block // group_blocks
+    sequence = item
+    place = 0
     if CHUNKED:
-        sequence, first, last, begin = _find_item(seq_offsets, sequences, item, chunk)
+        sequence, place = _find_item(seq_offsets, sequences, item, chunk)
+        if not SECOND:  # after the chunks, sequences that are one, and empty ones
+            sequence = gl.where(item < items, sequence, item - items)
+            place = gl.where(item < items, place, 0)
+    first = gl.load(seq_offsets + sequence)
+    last = gl.load(seq_offsets + sequence + 1)
+    begin = first
+    end = last
+    idle = begin == end
+    if CHUNKED:
+        begin = first + (place + 1 if SECOND else place) * chunk
         end = gl.minimum(begin + chunk, last)
-    else:
-        sequence = item
-        first = gl.load(seq_offsets + sequence)
-        last = gl.load(seq_offsets + sequence + 1)
-        begin = first
-        end = last
+        idle = begin >= last
+        if not SECOND:
+            idle = idle | ((end == last) != (item >= items))
     if PDL and not SECOND:
         gdc_launch_dependents()
-    if begin >= end:
-        if PDL and SECOND:
-            gdc_wait()
-        return
-    elsewhere = (begin > first) & (end == last) if CHUNKED else False
-    if SECOND:
-        elsewhere = begin == first
-    if elsewhere:
+    if idle:
         if PDL and SECOND:
             gdc_wait()
         return
@@ -205,9 +211,8 @@ def scan_kernel(
         if SECOND:
             if PDL:
                 gdc_wait()
-            earlier = (begin - first) // chunk
             s = _fold(
-                ends - earlier.to(gl.int64) * channels * N, sums - earlier.to(gl.int64) * channels, earlier,
+                ends - place.to(gl.int64) * channels * N, sums - place.to(gl.int64) * channels, place + 1,
                 A, inside, channels, N,
             )  # fmt: skip
         else:
@@ -227,20 +232,19 @@ def scan(
     """`selective_scan` in that form, for inputs that it `serves`."""
     (tokens, channels), (_, groups, states), sequences = x.shape, B.shape, slots.shape[0]
     y = x.new_empty(tokens, channels)
-    items = sequences + tokens // form.chunk if form.chunk else sequences
-    kept = items if form.chunk else 0
-    ends = state.new_empty((kept, channels, states), dtype=torch.float32)
-    sums = state.new_empty((kept, channels), dtype=torch.float32)
+    items = tokens // form.chunk if form.chunk else 0
+    ends = state.new_empty((items, channels, states), dtype=torch.float32)
+    sums = state.new_empty((items, channels), dtype=torch.float32)
     group_blocks = triton.cdiv(channels // groups, 16 * form.warps)
     if not tokens:
         return y
     dependent = launch_options(x.device) if form.chunk else {"PDL": False}
-    for second in (False, True) if form.chunk else (False,):
+    for second in (False, True) if items else (False,):
         launch = dependent if second else {"PDL": dependent["PDL"]}  # the second pass alone starts early
         with torch.cuda.device_of(x):
-            scan_kernel[(items * groups * group_blocks,)](
+            scan_kernel[((items if second else items + sequences) * groups * group_blocks,)](
                 x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, ends, sums,
-                sequences, form.chunk, channels, channels // groups, group_blocks,
+                sequences, items, form.chunk, channels, channels // groups, group_blocks,
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
                 STAGES=form.stages, CHUNKED=form.chunk > 0, SECOND=second,

@@ -65,7 +65,7 @@ GLUON = {
 }  # fmt: skip
 CHUNKED = {**GLUON, "CHUNKED": True, "PDL": True, "DEPTH": 2}
 STREAM = {**GLUON, "WARPS": 1, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
-STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": 128}
+STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": None}
 
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
