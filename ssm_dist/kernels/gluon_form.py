@@ -56,7 +56,7 @@ ENOUGH, SHORTEST = 3800, 160
 """Warps in all chunks, and tokens of the shortest chunk, where loads go into registers."""
 
 
-def _nanoseconds(tokens: float, warps: int, held: int) -> float:
+def _nanoseconds(tokens: float, warps: int, held: float) -> float:
     """For so many tokens of each warp, of which a scheduler has registers for `held` at a time."""
     share = warps / SCHEDULERS
     if share > held:  # warps begin as others end, and all schedulers are busy until about the end
@@ -71,7 +71,7 @@ def _two_passes(chunk: int, chunks: int, warps: int) -> float:
     """
     first = chunk * (1 + SUMMARY * (chunks - 2)) / (chunks - 1)
     second, at_work = chunk + FOLD * chunks, warps * (chunks - 1)
-    return PASSES + _nanoseconds(first, at_work, 4) + _nanoseconds(second, at_work, 4)
+    return PASSES + _nanoseconds(first, at_work, 4.5) + _nanoseconds(second, at_work, 4.5)
 
 
 @functools.lru_cache(maxsize=4096)
