@@ -30,8 +30,9 @@ from ssm_dist.kernels.gluon_form import Form
 
 Shape = tuple[int, int, int]
 SHAPES: list[Shape] = [
-    (8, 8192, 5120), (1, 8192, 5120), (1, 2048, 5120), (8, 8192, 1280), (1, 32768, 1280), (8, 8192, 8192),
-    (1, 32768, 5120), (1, 8192, 1280), (1, 2048, 1280), (8, 2048, 5120), (1, 8192, 2560),
+    (1, 2048, 5120), (1, 8192, 1280), (1, 2048, 1280), (8, 2048, 2560), (8, 2048, 1280), (8, 2048, 5120),
+    (1, 8192, 5120), (8, 8192, 1280), (8, 8192, 5120), (8, 8192, 8192), (1, 8192, 2560), (1, 32768, 5120),
+    (1, 32768, 1280),
 ]  # fmt: skip
 """Sequences, tokens of each, channels; the most telling first."""
 WORKERS = 12
@@ -121,14 +122,15 @@ def forms_for(shape: Shape) -> list[Form]:
     """The chosen form, with loads into registers, and those that differ from it in one thing."""
     sequences, length, channels = shape
     chosen, warps = chosen_form(shape), sequences * -(-channels // 16)
-    totals = (1056, 2112, 3800, 7600) if warps < 2000 else ()
-    chunks = [chunks_of(length, round(total / warps)) for total in totals if total > 1.5 * warps]
+    waves = (1, 2, 3, 4, 5, 8) if warps < 2000 else ()
+    parts = [1 + int(gluon_form.SCHEDULERS * wave) // warps for wave in waves]
+    chunks = [chunks_of(length, count) for count in parts if count > 2]
     few, many = (112, 168) if chosen.chunk else (80, 128)
     forms = [chosen, chosen_form(shape, False)]
     forms += [dataclasses.replace(chosen, extra=extra) for extra in (0, 2)]
     forms += [dataclasses.replace(chosen, registers=most) for most in (few, many, None)]
     forms += [dataclasses.replace(chosen, stages=6), dataclasses.replace(chosen, chunk=0, registers=96)]
-    forms += [dataclasses.replace(chosen, chunk=n, registers=128) for n in chunks if 64 <= n < length]
+    forms += [dataclasses.replace(chosen, chunk=n, registers=None) for n in chunks if 64 <= n < length]
     return list(dict.fromkeys(forms))
 
 
