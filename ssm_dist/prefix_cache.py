@@ -8,7 +8,8 @@ ranks, which make the same calls, hold the same snapshots.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -79,12 +80,13 @@ class PrefixCache:
         if snapshot is None:
             snapshot = node.value = Snapshot(node, len(token_ids))
             self.counters.snapshots += 1
-        if snapshot.kept is None and self._device.budget:
-            self._keep(snapshot, slot)
-        elif snapshot.kept is None and snapshot.host is None and snapshot.file is None:
-            self._lower(snapshot, lambda: self.cache.export_sequence(slot, len(token_ids)))
-        else:
-            self._touch(snapshot)
+        with self._forgotten_if_lost(snapshot):
+            if snapshot.kept is None and self._device.budget:
+                self._keep(snapshot, slot)
+            elif snapshot.lost:
+                self._lower(snapshot, lambda: self.cache.export_sequence(slot, len(token_ids)))
+            else:
+                self._touch(snapshot)
 
     def put(self, token_ids: Sequence[int], state: HostState) -> None:
         """Hold a state from elsewhere, outside the budgets, until `remove`."""
@@ -115,10 +117,12 @@ class PrefixCache:
         assert kept is not None
         full = kept.tokens // PAGE_TOKENS
         self.cache.pool.use(kept.pages[full:])  # until it is copied
-        slot = self.cache.acquire(tokens, kept.pages[:full])
-        if slot is not None:
-            self.cache.continue_from(kept, slot)
-        self.cache.pool.leave(kept.pages[full:])
+        try:
+            slot = self.cache.acquire(tokens, kept.pages[:full])
+            if slot is not None:
+                self.cache.continue_from(kept, slot)
+        finally:
+            self.cache.pool.leave(kept.pages[full:])
         return slot
 
     def _from_below(self, found: Snapshot, tokens: int) -> int | None:
@@ -126,8 +130,13 @@ class PrefixCache:
         if slot is not None:
             state = found.host if found.host is not None else HostState(**load_file(str(found.file)))
             self.cache.fill(slot, state)
-            if self._device.budget:
-                self._keep(found, slot)
+            try:
+                if self._device.budget:
+                    with self._forgotten_if_lost(found):
+                        self._keep(found, slot)
+            except UserError:
+                self.cache.release(slot)
+                raise
         return slot
 
     def _keep(self, snapshot: Snapshot, slot: int) -> None:
@@ -175,23 +184,36 @@ class PrefixCache:
         size, state = self._host.remove(snapshot), snapshot.host
         assert state is not None
         snapshot.host = None
-        if self._space(self._files, size, self._forget):
-            self._write(snapshot, state, size)
-        elif snapshot.kept is None:
-            self._index.remove(snapshot.node)
+        with self._forgotten_if_lost(snapshot):
+            if self._space(self._files, size, self._forget):
+                self._write(snapshot, state, size)
+            elif snapshot.kept is None:
+                self._index.remove(snapshot.node)
 
     def _write(self, snapshot: Snapshot, state: HostState, size: int) -> None:
         assert self.limits is not None and self.limits.folder is not None
         if self._folder is None:
             self._folder = tempfile.TemporaryDirectory(prefix="snapshots-", dir=self.limits.folder)
         self._files_written += 1
-        snapshot.file = Path(self._folder.name, f"{self._files_written}.safetensors")
+        file = Path(self._folder.name, f"{self._files_written}.safetensors")
         state.wait()
         try:
-            save_file({"conv": state.conv, "ssm": state.ssm, "kv": state.kv}, snapshot.file)
+            save_file({"conv": state.conv, "ssm": state.ssm, "kv": state.kv}, file)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"[cache] prefix_folder: cannot write {snapshot.file}: {error}") from None
+            file.unlink(missing_ok=True)
+            raise UserError(f"[cache] prefix_folder: cannot write {file}: {error}") from None
+        snapshot.file = file
         self._files.add(snapshot, size)
+
+    @contextmanager
+    def _forgotten_if_lost(self, snapshot: Snapshot) -> Iterator[None]:
+        """Where a file could not be written, and the state is at no other level, nobody is to find it."""
+        try:
+            yield
+        except UserError:
+            if snapshot.lost:
+                self._index.remove(snapshot.node)
+            raise
 
     def _forget(self, snapshot: Snapshot) -> None:
         self._leave_lower_levels(snapshot)

@@ -22,6 +22,11 @@ class Snapshot:
     pinned: bool = False
     """Held on the host until it is removed, outside the budgets."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether no level holds it."""
+        return self.kept is None and self.host is None and self.file is None
+
 
 class Tier:
     """The snapshots of one level, least recently used first, and their bytes."""

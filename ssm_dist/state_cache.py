@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssm_dist.errors import UserError
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, StateShapes
 from ssm_dist.pages import PagePool
 
@@ -156,7 +157,7 @@ class StateCache:
     def acquire(self, tokens: int, shared: Sequence[int] = ()) -> int | None:
         """A slot for a sequence of at most `tokens` tokens, or None while there is no room for it.
 
-        It is zeroed before it is read.
+        It is zeroed before it is read. Raises `UserError` as `make_room`, and has taken nothing then.
 
         shared: full pages with the first keys and values of the sequence, which somebody holds already.
         """
@@ -167,7 +168,11 @@ class StateCache:
             return None
         if need > self.pool.free:
             assert self.make_room is not None
-            self.make_room(need)
+            try:
+                self.make_room(need)
+            except UserError:
+                self.pool.leave(shared)
+                raise
         slot = self._free_slots.pop()
         self._pages[slot] = [*shared, *self.pool.take(need)]
         self._enter_pages(slot)

@@ -75,8 +75,8 @@ class Sampler:
         self._work = None
 
     def release(self, slot: int) -> None:
-        """Forget the request in this slot."""
-        del self._admitted[slot]
+        """Forget the request in this slot, if it has come that far."""
+        self._admitted.pop(slot, None)
         self._work = None
 
     @property

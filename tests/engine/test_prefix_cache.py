@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from ssm_dist import LLM, SamplingParams, UserError
+from ssm_dist import LLM, SamplingParams, UserError, prefix_cache
 from ssm_dist.engine import Engine
 from ssm_dist.generation import Run
 from ssm_dist.prefix_cache import PrefixCache
@@ -127,6 +128,58 @@ def test_states_move_from_the_device_to_the_host_to_a_file_and_back(tmp_path: Pa
     longer = [*prompts[1], 5]
     assert answer(run, 9, longer, 2) == exact_continuation(longer, 2, paged=True)
     assert prefixes.counters.hits == 1 and engine.cache.free_slots == 2
+
+
+@pytest.mark.parametrize("snapshots", [0, 1, 2])
+@pytest.mark.parametrize("host_bytes", [0, SLOT + PAGE])
+def test_a_full_disk_ends_the_run_and_leaves_nothing_behind(
+    snapshots: int, host_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    engine, prefixes, run = make(
+        snapshots=snapshots, tokens=64, host_bytes=host_bytes, folder=tmp_path, folder_bytes=10**6,
+        interval=16, chunk=16,
+    )  # fmt: skip
+    full, refused, save = [], 0, prefix_cache.save_file
+
+    def save_unless_full(tensors: dict[str, Tensor], file: Path) -> None:
+        file.write_bytes(b"a part")
+        if full:
+            raise OSError("no space left")
+        save(tensors, file)
+
+    monkeypatch.setattr(prefix_cache, "save_file", save_unless_full)
+    for index in range(24):
+        full[:] = [True] * (index % 4 < 2)
+        prompt = [index % 5] * (9 + index % 3)
+        try:
+            tokens = answer(run, 2 * index, prompt, 2)
+        except UserError as error:
+            assert "cannot write" in str(error)
+            refused += 1
+            run.close()
+        else:
+            assert tokens == exact_continuation(prompt, 2, paged=True)
+        assert engine.cache.free_slots == 2
+        assert engine.cache.pool.free + engine.cache.pool.reclaimable == 4
+        assert len(list(tmp_path.rglob("*.safetensors"))) == prefixes.bytes_held[2] // (SLOT + PAGE)
+    assert refused and prefixes.counters.hits
+
+
+def test_an_error_while_requests_are_admitted_ends_those_admitted_before(monkeypatch: pytest.MonkeyPatch):
+    engine, prefixes, run = make()
+    acquired, acquire = [], prefixes.acquire
+
+    def fail_after_one(prompt_ids: list[int], tokens: int) -> tuple[int, int] | None:
+        if acquired:
+            raise UserError("no space left")
+        acquired.append(acquire(prompt_ids, tokens))
+        return acquired[-1]
+
+    monkeypatch.setattr(prefixes, "acquire", fail_after_one)
+    requests = [Request(index, None, [1, 2], SamplingParams()) for index in range(2)]
+    with pytest.raises(UserError, match="no space left"):
+        list(run.events(requests))
+    assert engine.cache.free_slots == 2 and not run.active
 
 
 def test_a_state_taken_again_changes_places_with_the_one_that_leaves_the_device():
