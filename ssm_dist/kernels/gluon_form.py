@@ -25,6 +25,8 @@ class Form:
     """Tiles of eight tokens in shared memory, 4 or more, for one warp a program; 0: loads into registers."""
     registers: int | None = None
     """Most registers a thread, which also makes the compiler use so many."""
+    early: bool = False
+    """With stages: the first tiles are copied before what else a program begins with, and the wait for it."""
 
 
 def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:

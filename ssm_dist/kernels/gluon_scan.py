@@ -22,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_form import Form
-from ssm_dist.kernels.gluon_stream import stream
+from ssm_dist.kernels.gluon_stream import open_stream, stream
 from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
 
 
@@ -63,18 +63,31 @@ def _store_states(pointer, s, inside, N: gl.constexpr):
 
 
 @gluon.jit
+def _load_summaries(ends, sums, left, inside, channels, N: gl.constexpr):
+    """End states and sums of dt of four items; where there are not as many, what leaves a state as it is."""
+    states, passed = (), ()
+    for j in gl.static_range(4):
+        real = inside & (j < left)
+        passed += ((gl.load(sums, mask=real, other=0.0), gl.load(sums + 1, mask=real, other=0.0)),)
+        states += (_load_states(ends, real, N),)
+        ends += channels * N
+        sums += channels
+    return states, passed
+
+
+@gluon.jit
 def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
     """The state after `earlier` summarised items; the first one, at the pointers, began from the slot."""
     H: gl.constexpr = N // 8
     s = _load_states(ends, inside, N)
-    for k in range(1, earlier, 4):
-        passed, states = (), ()
-        for j in gl.static_range(4):
-            ends += channels * N
-            sums += channels
-            real = inside & (k + j < earlier)
-            passed += ((gl.load(sums, mask=real, other=0.0), gl.load(sums + 1, mask=real, other=0.0)),)
-            states += (_load_states(ends, real, N),)
+    ends += channels * N
+    sums += channels
+    ahead = _load_summaries(ends, sums, earlier - 1, inside, channels, N)
+    for left in range(earlier - 1, 0, -4):
+        states, passed = ahead
+        ends += 4 * channels * N
+        sums += 4 * channels
+        ahead = _load_summaries(ends, sums, left - 4, inside, channels, N)
         for j in gl.static_range(4):
             folded = ()
             for n in gl.static_range(4 * H):
@@ -86,13 +99,14 @@ def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
 @gluon.jit
 def _advance(
     s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens, N: gl.constexpr,
-    HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr, OUTPUT: gl.constexpr,
+    HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
+    OUTPUT: gl.constexpr,
 ):  # fmt: skip
     if STAGES:
-        s, passed = stream(
-            s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
-            HALF, STAGES, EXTRA, OUTPUT,
-        )  # fmt: skip
+        opened = sources
+        if not EARLY:
+            opened = open_stream(sources, rows, lane[2], group_channels, tokens, OUTPUT, STAGES, OUTPUT)
+        s, passed = stream(s, A, opened, y, y_row, bias, skip, lane, tokens, HALF, STAGES, EXTRA, OUTPUT)
     else:
         s, passed = advance(
             s, A, sources, rows, y, y_row, bias, skip, lane, tokens, N, HALF, DEPTH, EXTRA, OUTPUT
@@ -106,7 +120,7 @@ def scan_kernel(
     sequences, items, chunk, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
-    STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, EARLY: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program: an item, 16 channels of a group a warp. Summaries: ends (items, D, N), sums (items, D)."""
     LANES: gl.constexpr = lanes(WARPS)
@@ -148,6 +162,28 @@ def scan_kernel(
     inside = within < group_channels
     channel = group * group_channels + within
     cell = channel * N + i * (N // 4)
+    token = begin.to(gl.int64)
+    tokens = end - begin
+    rows = (x_row, dt_row, z_row, B_row, C_row)
+    sources = (
+        x + token * x_row + group * group_channels,
+        dt + token * dt_row + group * group_channels,
+        z + token * z_row + group * group_channels,
+        B + token * B_row + group * B_group,
+        C + token * C_row + group * C_group,
+    )
+    if STAGES and EARLY:
+        sources = open_stream(
+            sources, rows, start, group_channels, tokens, begin == first, STAGES, SECOND or not CHUNKED
+        )
+    if not STAGES:
+        sources = (
+            x + token * x_row + (i * x_row + channel),
+            dt + token * dt_row + (i * dt_row + channel),
+            z + token * z_row + (i * z_row + channel),
+            B + token * B_row + group * B_group + (i * B_row + N // 8 * g),
+            C + token * C_row + group * C_group + ((g // 2 + g % 2 * 4) * C_row + N // 4 * i),
+        )
     bias = (
         gl.load(dt_bias + channel, mask=inside, other=0.0).to(gl.float32),
         gl.load(dt_bias + channel + 1, mask=inside, other=0.0).to(gl.float32),
@@ -161,35 +197,17 @@ def scan_kernel(
     for k in gl.static_range(N // 2):
         A += (gl.exp(logarithms[k]) * -LOG2_E,)
     state += gl.load(slots + sequence).to(gl.int64) * state_slot + cell
-    token = begin.to(gl.int64)
-    rows = (x_row, dt_row, z_row, B_row, C_row)
-    sources = (
-        x + token * x_row + group * group_channels,
-        dt + token * dt_row + group * group_channels,
-        z + token * z_row + group * group_channels,
-        B + token * B_row + group * B_group,
-        C + token * C_row + group * C_group,
-    )
-    if not STAGES:
-        sources = (
-            x + token * x_row + (i * x_row + channel),
-            dt + token * dt_row + (i * dt_row + channel),
-            z + token * z_row + (i * z_row + channel),
-            B + token * B_row + group * B_group + (i * B_row + N // 8 * g),
-            C + token * C_row + group * C_group + ((g // 2 + g % 2 * 4) * C_row + N // 4 * i),
-        )
     lane = (g, i, start, inside)
     y += token * channels + (i * channels + channel)
     ends += item.to(gl.int64) * channels * N + cell
     sums += item.to(gl.int64) * channels + channel
-    tokens = end - begin
 
     if CHUNKED and not SECOND:
         if begin == first:
             s = _load_states(state, inside, N)
             s, passed = _advance(
                 s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
-                N, HALF, DEPTH, EXTRA, STAGES, True,
+                N, HALF, DEPTH, EXTRA, STAGES, EARLY, True,
             )  # fmt: skip
             if end == last:
                 _store_states(state, s, inside, N)
@@ -201,7 +219,7 @@ def scan_kernel(
                 s += (gl.zeros_like(A[k]),)
             s, passed = _advance(
                 s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
-                N, HALF, DEPTH, EXTRA, STAGES, False,
+                N, HALF, DEPTH, EXTRA, STAGES, EARLY, False,
             )  # fmt: skip
             _store_states(ends, s, inside, N)
             for b in gl.static_range(2):
@@ -219,7 +237,7 @@ def scan_kernel(
             s = _load_states(state, inside, N)
         s, passed = _advance(
             s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
-            N, HALF, DEPTH, EXTRA, STAGES, True,
+            N, HALF, DEPTH, EXTRA, STAGES, EARLY, True,
         )  # fmt: skip
         if end == last:
             _store_states(state, s, inside, N)
@@ -247,7 +265,7 @@ def scan(
                 sequences, items, form.chunk, channels, channels // groups, group_blocks,
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
-                STAGES=form.stages, CHUNKED=form.chunk > 0, SECOND=second,
+                STAGES=form.stages, EARLY=form.early, CHUNKED=form.chunk > 0, SECOND=second,
                 num_warps=form.warps, maxnreg=form.registers, enable_fp_fusion=True, **launch,
             )  # fmt: skip
     return y

@@ -60,8 +60,8 @@ SCAN = {
     "num_warps": 1,
 }  # fmt: skip
 GLUON = {
-    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "STAGES": 0, "CHUNKED": False, "SECOND": False,
-    "PDL": False, "state": "*fp32", "num_warps": 4,
+    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "STAGES": 0, "EARLY": False, "CHUNKED": False,
+    "SECOND": False, "PDL": False, "state": "*fp32", "num_warps": 4,
 }  # fmt: skip
 CHUNKED = {**GLUON, "CHUNKED": True, "PDL": True, "DEPTH": 2}
 STREAM = {**GLUON, "WARPS": 1, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
