@@ -3,9 +3,9 @@
 Every form is checked against float64 on some channels, and for equal bits from run to run, in memory filled
 with NaN; then timed by CUDA graphs that rotate over input sets larger than the L2 cache, against mamba-ssm
 where it is installed. `--seconds` bounds the run: the results are written after each shape, and a second run
-with the same file measures what is missing. `--forms 256,1,1,0,4,128 ...` adds forms (the fields of `Form` in
-their order), `--shapes 8x8192x5120 ...` takes only some. `--once 8x8192x5120` runs one form three times, for
-a profiler.
+with the same file measures what is missing. `--forms 256,1,1,0,4,128,0 ...` adds forms (the fields of `Form`
+in their order), `--shapes 8x8192x5120 ...` takes only some; `--out FOLDER` adds the chosen forms to the
+report there. `--once 8x8192x5120` runs one form three times, for a profiler.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -24,15 +25,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.joined_report import circumstances
 from ssm_dist.kernels import gluon_form, gluon_scan, triton_scan
-from ssm_dist.kernels.dependent_launch import ordinary_launches
 from ssm_dist.kernels.gluon_form import Form
+from tests.gpu.scan_report import report
 
 Shape = tuple[int, int, int]
 SHAPES: list[Shape] = [
-    (1, 2048, 5120), (1, 8192, 1280), (1, 2048, 1280), (8, 2048, 2560), (8, 2048, 1280), (8, 2048, 5120),
-    (1, 8192, 5120), (8, 8192, 1280), (8, 8192, 5120), (8, 8192, 8192), (1, 8192, 2560), (1, 32768, 5120),
-    (1, 32768, 1280),
+    (8, 8192, 5120), (1, 8192, 5120), (1, 2048, 5120), (8, 2048, 5120), (8, 2048, 2560), (8, 2048, 1280),
+    (1, 8192, 1280), (1, 2048, 1280), (8, 8192, 8192), (1, 32768, 5120), (1, 32768, 1280), (8, 8192, 1280),
+    (4, 2048, 5120), (1, 8192, 2560), (1, 2048, 2560),
 ]  # fmt: skip
 """Sequences, tokens of each, channels; the most telling first."""
 WORKERS = 12
@@ -91,22 +93,14 @@ def gluon(form: Form) -> Run:
     return lambda *arguments: gluon_scan.scan(*arguments, form)
 
 
-def ordinary(form: Form) -> Run:
-    def run(*arguments: Any) -> Tensor:
-        with ordinary_launches():
-            return gluon_scan.scan(*arguments, form)
-
-    return run
-
-
 def name_of(form: Form) -> str:
-    fields = ",".join(str(v or 0) for v in dataclasses.astuple(form))
+    fields = ",".join(str(int(v or 0)) for v in dataclasses.astuple(form))
     return f"gluon {fields}"
 
 
 def parsed(form: str) -> Form:
-    *fields, registers = (int(n) for n in form.split(","))
-    return Form(*fields, registers or None)
+    *fields, registers, early = (int(n) for n in form.split(","))
+    return Form(*fields, registers or None, bool(early))
 
 
 def chunks_of(length: int, parts: int) -> int:
@@ -119,27 +113,24 @@ def chosen_form(shape: Shape, streams: bool = True) -> Form:
 
 
 def forms_for(shape: Shape) -> list[Form]:
-    """The chosen form, with loads into registers, and those that differ from it in one thing."""
+    """The chosen form, those that differ from it in one thing, and chunks for 1 to 5 warps a scheduler."""
     sequences, length, channels = shape
     chosen, warps = chosen_form(shape), sequences * -(-channels // 16)
-    waves = (1, 2, 3, 4, 5, 8) if warps < 2000 else ()
-    parts = [1 + int(gluon_form.SCHEDULERS * wave) // warps for wave in waves]
-    chunks = [chunks_of(length, count) for count in parts if count > 2]
-    few, many = (112, 168) if chosen.chunk else (80, 128)
-    forms = [chosen, chosen_form(shape, False)]
-    forms += [dataclasses.replace(chosen, extra=extra) for extra in (0, 2)]
-    forms += [dataclasses.replace(chosen, registers=most) for most in (few, many, None)]
-    forms += [dataclasses.replace(chosen, stages=6), dataclasses.replace(chosen, chunk=0, registers=96)]
-    forms += [dataclasses.replace(chosen, chunk=n, registers=None) for n in chunks if 64 <= n < length]
+    whole, cut = Form(0, 1, 1, 1, chosen.stages, 96), dataclasses.replace(chosen, registers=None)
+    full = [int(share * gluon_form.SCHEDULERS / warps) + 1 for share in (1, 2, 3, 4, 5, 9)]
+    chunks = [chunks_of(length, parts) for parts in full if 3 <= parts <= length // 64]
+    forms = [chosen, dataclasses.replace(chosen, early=True)]
+    if chosen.chunk:
+        forms += [dataclasses.replace(chosen, registers=most) for most in (96, 112)]
+    else:
+        forms += [dataclasses.replace(chosen, stages=stages) for stages in (4, 6, 8)]
+    forms += [dataclasses.replace(cut, chunk=n, stages=4) for n in chunks]
+    forms += [whole] if sequences * channels > 4000 else []
     return list(dict.fromkeys(forms))
 
 
 def runs_for(shape: Shape, more: list[Form]) -> dict[str, Run]:
-    runs = {name_of(form): gluon(form) for form in dict.fromkeys([*forms_for(shape), *more])}
-    chosen = chosen_form(shape)
-    if chosen.chunk:
-        runs[f"{name_of(chosen)}, ordinary launches"] = ordinary(chosen)
-    return runs
+    return {name_of(form): gluon(form) for form in dict.fromkeys([*forms_for(shape), *more])}
 
 
 def check(run: Run, arguments: list[Any], some: Tensor, wanted: tuple[Tensor, Tensor]) -> dict[str, Any]:
@@ -214,7 +205,7 @@ def mamba_ssm(shape: Shape, copies: int) -> float | None:
 
 
 EDGES: list[tuple[dict[str, Any], list[Form]]] = [
-    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, 128)]),
+    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, True)]),
     ({"channels": 1280, "dtype": torch.float16}, [Form(0, 1, 1, 0, 4, 96)]),
 ]
 """Right or wrong, on ragged sequences, without times."""
@@ -315,6 +306,14 @@ def compile_all(shapes: list[Shape], more: list[Form]) -> None:
         os.waitpid(child, 0)
 
 
+def around() -> dict[str, Any]:
+    """Where and by what call this was measured, on one GPU of the host."""
+    found = circumstances(["torch", "triton", "mamba_ssm"])
+    words = [word for k, word in enumerate(sys.argv[1:]) if "--out" not in sys.argv[k : k + 2]]
+    call = " ".join(["python -m tests.gpu.bench_scan", *words])
+    return found | {"hardware": f"1 x {torch.cuda.get_device_name()}", "call": call}
+
+
 def sized(text: str) -> Shape:
     sequences, length, channels = (int(n) for n in text.split("x"))
     return sequences, length, channels
@@ -329,6 +328,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--shapes", type=sized, nargs="+", default=SHAPES)
     parser.add_argument("--forms", type=parsed, nargs="+", default=[])
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--once", type=sized)
     options = parser.parse_args()
     if options.once:
@@ -354,6 +354,9 @@ def main() -> None:
             show(shape, known + found)
             results += found
             options.results.write_text(json.dumps(results, indent=1))
+            if options.out:
+                sized_case = "x".join(map(str, shape))
+                report(options.out, known + found, {sized_case: name_of(chosen_form(shape))}, around())
     wrong = [row for row in results if not row["good"]]
     print(f"{len(results)} rows, {len(wrong)} wrong, {time.monotonic() - began:.1f} s", flush=True)
 

@@ -42,7 +42,13 @@ def test_forms_of_ragged_batches(form: tuple[int, ...], channels: int, groups: i
 
 @pytest.mark.parametrize(
     "form",
-    [(0, 1, 1, 0, 4, 96), (0, 1, 1, 2, 6, None), (112, 1, 1, 1, 4, 128), (16, 1, 1, 0, 5, 96)],
+    [
+        (0, 1, 1, 0, 4, 96),
+        (0, 1, 1, 2, 6, None),
+        (112, 1, 1, 1, 4, None),
+        (16, 1, 1, 0, 5, 96),
+        (64, 1, 1, 1, 4, None, True),
+    ],
     ids=str,
 )
 @pytest.mark.parametrize(("channels", "groups"), [(5120, 1), (3584, 2), (1296, 2)])
