@@ -29,6 +29,10 @@ PREFILL_STEP = 64
 """Tokens between two sizes at least: fewer take as long, since the weights are read all the same."""
 
 
+COMPILED_STEPS = 64
+"""Decode steps that are compiled at most: for each kind of `Sampler.work`, for one sequence and for more."""
+
+
 @dataclass(frozen=True)
 class Pending:
     """A step that the device has been given, and whose samples are on their way to the host."""
@@ -79,7 +83,7 @@ class Engine:
         self._compiled = compiled
         self._hidden: Tensor | None = None
         if compiled:
-            self._decode = torch.compile(self._decode_step, fullgraph=True, dynamic=True)
+            self._decode = _compiled(self._decode_step)
 
     @property
     def how(self) -> str:
@@ -169,7 +173,7 @@ class Engine:
 
     def _decode_of(self, slots: list[int]) -> Sampled:
         """The decode step of some slots, padded where it is captured."""
-        work = self.sampler.work
+        work = self.sampler.work  # planned here: compiled code cannot
         if self.graphs is None:
             return self._decode(torch.tensor(slots, device=self._device))
         size = bucket(len(slots), self.cache.max_sequences, DECODE_PARTS)
@@ -209,6 +213,17 @@ class Engine:
         done = torch.cuda.Event()
         done.record(torch.cuda.current_stream(self._device))
         return Pending(ends, host, done)
+
+
+def _compiled(step: Callable[[Tensor], Sampled]) -> Callable[[Tensor], Sampled]:
+    """The step as one graph a kind of work, however many kinds; torch would stop, with an error, at eight."""
+    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+
+    def run(slots: Tensor) -> Sampled:
+        with torch._dynamo.config.patch(recompile_limit=COMPILED_STEPS):  # by thread, so here
+            return compiled(slots)
+
+    return run
 
 
 def _each(sampled: Sampled, change: Callable[[Tensor], Tensor]) -> Sampled:

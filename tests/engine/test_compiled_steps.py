@@ -43,6 +43,15 @@ def test_compiled_steps_answer_as_plain_ones(tmp_path: Path) -> None:
     assert "compiled whole" in llm.engine.how
 
 
+@pytest.mark.usefixtures("_traced_only")
+@torch._dynamo.config.patch(recompile_limit=1)
+def test_more_kinds_of_sampling_than_torch_compiles_by_default_are_compiled(tmp_path: Path) -> None:
+    llm = LLM.from_pretrained(save_checkpoint("mamba", tmp_path / "model"), compile={"mode": "compile"})
+    for params in ({}, {"temperature": 0.8}, {"repetition_penalty": 1.2}):
+        sampling = SamplingParams(max_new_tokens=2, ignore_eos=True, **params)
+        assert len(llm.generate([[1, 2]], sampling)[0].token_ids) == 2
+
+
 @pytest.mark.parametrize(("name", "mode"), [("mamba", "capture"), ("zamba", "compile")])
 def test_a_mode_that_cannot_run_here_says_what_can(name: str, mode: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"\[compile\] mode = '{mode}' needs .*'none'.*'auto'"):
