@@ -35,7 +35,7 @@ from ssm_dist import LLM, SamplingParams
 from ssm_dist.parallel import styles
 from ssm_dist.ranks import close_ranks
 from ssm_dist.scheduler import Chunk, Sequence
-from ssm_dist.version import __version__
+from ssm_dist.version import __version__, commit
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "checkpoints"))
@@ -184,14 +184,15 @@ def launch(options: argparse.Namespace) -> None:
             subprocess.run([*command, *words], check=True)
             rows += json.loads(file.read_text())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
+    made_of = commit()
     about = (
-        f"{gpu}; ssm-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{gpu}; ssm-dist {__version__}, commit {made_of}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"{options.tokens} tokens in windows of {options.window}, {options.dtype}; "
         f"{options.answers} greedy answers of {options.answer} tokens"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/reduction_fidelity.py {' '.join(sys.argv[1:])}"
-    report = {"about": about, "command": command, "goals, %": GOALS, "rows": rows}
+    report = {"about": about, "commit": made_of, "command": command, "goals, %": GOALS, "rows": rows}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "report.md").write_text(markdown(report))
 

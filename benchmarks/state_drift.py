@@ -93,16 +93,19 @@ def main() -> None:
     text = (Path(os.__file__).parent / options.text).read_text(encoding="utf-8")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     about = f"{device}; torch {torch.__version__}, Python {platform.python_version()}, {options.text}"
+    made_of = commit()
     command = f"python benchmarks/state_drift.py {' '.join(sys.argv[1:])}"
     rows: list[dict[str, Any]] = []
     for name in CHECKPOINTS:
         rows += measure(Path("checkpoints") / name, text, options.tokens)
         print(json.dumps(rows[-len(DTYPES) :]), flush=True)
-    report = {"hardware": about, "commit": commit(), "command": command, "rows": rows}
+    report = {"hardware": about, "commit": made_of, "command": command, "rows": rows}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     table = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     table += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
-    (options.out / "report.md").write_text("\n".join([about, "", f"`{command}`", "", *table, ""]))
+    (options.out / "report.md").write_text(
+        "\n".join([about, "", f"`{command}` at commit {made_of}", "", *table, ""])
+    )
 
 
 if __name__ == "__main__":
