@@ -184,15 +184,14 @@ def launch(options: argparse.Namespace) -> None:
             subprocess.run([*command, *words], check=True)
             rows += json.loads(file.read_text())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
-    made_of = commit()
     about = (
-        f"{gpu}; ssm-dist {__version__}, commit {made_of}, torch {torch.__version__}, Python {platform.python_version()}; "
+        f"{gpu}; ssm-dist {__version__}, torch {torch.__version__}, Python {platform.python_version()}; "
         f"{options.tokens} tokens in windows of {options.window}, {options.dtype}; "
         f"{options.answers} greedy answers of {options.answer} tokens"
     )
     options.out.mkdir(parents=True, exist_ok=True)
     command = f"python benchmarks/reduction_fidelity.py {' '.join(sys.argv[1:])}"
-    report = {"about": about, "commit": made_of, "command": command, "goals, %": GOALS, "rows": rows}
+    report = {"about": about, "commit": commit(), "command": command, "goals, %": GOALS, "rows": rows}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "report.md").write_text(markdown(report))
 
@@ -200,7 +199,8 @@ def launch(options: argparse.Namespace) -> None:
 def markdown(report: dict[str, Any]) -> str:
     """The report for people."""
     rows = report["rows"]
-    lines = ["# Fidelity of the quantised reductions", "", report["about"], "", f"`{report['command']}`", ""]
+    lines = ["# Fidelity of the quantised reductions", "", report["about"], ""]
+    lines += [f"`{report['command']}` at commit {report['commit']}", ""]
     lines += ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     lines += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     above = [
