@@ -3,9 +3,13 @@
 import multiprocessing
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+from ssm_dist.parallel.collectives import RankFailure, failures, shared
+from ssm_dist.parallel.collectives.groups import register_lone_rank
 from tests.parallel.reductions_on_ranks import (
     shared_where_it_cannot_be,
     slow_reduction,
@@ -36,6 +40,25 @@ def test_where_memory_cannot_be_shared_the_process_group_serves_and_a_line_says_
         assert not opened and carried == "gloo" and total.tolist() == [2.0, 2.0, 2.0]
         assert len(logged) == 1
         assert logged[0].startswith("reductions: gloo serves all of them, since memory cannot be shared")
+
+
+def test_memory_that_a_longer_message_outgrows_stays_for_steps_captured_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    group, cpu = register_lone_rank("growing", 2), torch.device("cpu")
+    monkeypatch.setattr(shared, "_reason_against", lambda *_: None)
+    monkeypatch.setattr(shared, "_rendezvous", lambda *_: ((mock.Mock(buffer_ptrs=[0, 0]), None), None))
+    monkeypatch.setattr(shared, "_everybodys", lambda _, mine: [mine] * 2)
+    monkeypatch.setattr(failures, "_say", lambda *_, **__: None)
+    monkeypatch.setattr(failures, "_failure", lambda _, reason: RankFailure(reason))
+    for message_bytes in (2**16, 2**16, 2**22):
+        assert shared.open_shared_memory(group.name, 4096, message_bytes, cpu)
+    (small,) = group.outgrown
+    assert group.memory is not None and group.memory.bulk.capacity > small.bulk.capacity
+    failures.wait_for_event(group.name, mock.Mock(query=lambda: True))
+    small.error.fill_(64 + 1)
+    with pytest.raises(RankFailure, match="one_shot over shared memory got nothing from rank 1"):
+        failures.wait_for_event(group.name, mock.Mock(query=lambda: True))
 
 
 def test_a_rank_that_dies_is_named_long_before_the_timeout(tmp_path: Path) -> None:

@@ -101,7 +101,8 @@ def wait_for_event(name: str, event: torch.cuda.Event) -> None:
 def _raise_failed_waits(name: str) -> None:
     """Raise if a kernel over memory that a group, or a part of it, shares has waited in vain."""
     for group in group_with_parts(name):
-        word = 0 if group.memory is None else int(group.memory.error)  # in the host's memory
+        opened = [memory for memory in (group.memory, *group.outgrown) if memory is not None]
+        word = max((int(memory.error) for memory in opened), default=0)  # in the host's memory
         if word:
             call = Call(group, group.calls, "a step")
             _say(call, waits=True)

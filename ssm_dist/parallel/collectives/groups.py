@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import atexit
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
 import torch.distributed as dist
@@ -30,6 +30,8 @@ class Group:
     """Reductions so far; alike on all ranks, since they make the same calls."""
     memory: SharedMemory | None = None
     """What its GPUs share, once it is open; see `shared`."""
+    outgrown: list[SharedMemory] = field(default_factory=list)
+    """What they shared before, for shorter messages: steps captured then still use it."""
 
 
 _groups: dict[str, Group] = {}

@@ -119,6 +119,8 @@ def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: to
     if group.memory is not None and group.memory.holds(*sizes):
         group.memory = group.memory.with_limit(group.timeout_seconds)
         return True
+    if group.memory is not None:
+        group.outgrown.append(group.memory)
     reason = _reason_against(group, device)
     if reason is None:
         group.memory, reason = _open(group, *sizes, device)
