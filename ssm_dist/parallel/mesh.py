@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.collectives import EXACT, Reductions, register_group
+from ssm_dist.parallel.collectives.groups import group_named
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ class TensorParallel:
         name = f"{self.group}/{span}"
         if span not in _subgroups.setdefault(self.mesh, {}):
             group, _ = dist.new_subgroups(group_size=span, group=self.mesh.get_group())
-            _subgroups[self.mesh][span] = register_group(name, group, self.reductions.timeout_seconds)
-        return name
+            _subgroups[self.mesh][span] = register_group(name, group)
+        return self._patient(name)
 
     def host_group(self) -> str:
         """Name of a group of all ranks whose messages stay in host memory; all ranks must ask alike.
@@ -65,7 +66,12 @@ class TensorParallel:
         if self.mesh not in _host_groups:
             ranks = dist.get_process_group_ranks(self.mesh.get_group())
             group = dist.new_group(ranks, backend="gloo")
-            _host_groups[self.mesh] = register_group(name, group, self.reductions.timeout_seconds)
+            _host_groups[self.mesh] = register_group(name, group)
+        return self._patient(name)
+
+    def _patient(self, name: str) -> str:
+        """The group of that name, even if an earlier model made it; it waits as long as this one's reductions."""
+        group_named(name).timeout_seconds = self.reductions.timeout_seconds
         return name
 
     def share_memory(self, tokens: int, width: int, dtype: torch.dtype, device: torch.device) -> None:

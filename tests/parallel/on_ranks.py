@@ -15,7 +15,14 @@ from torch.distributed.tensor import DTensor
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.parallel import Plan, TensorParallel, apply_plan, localise
-from ssm_dist.parallel.collectives import broadcast_bytes, tp_all_gather, tp_all_max, tp_all_reduce
+from ssm_dist.parallel.collectives import (
+    Reductions,
+    broadcast_bytes,
+    tp_all_gather,
+    tp_all_max,
+    tp_all_reduce,
+)
+from ssm_dist.parallel.collectives.groups import group_named
 from ssm_dist.parallel.vocabulary import target_log_probs
 from ssm_dist.registry import spec_for
 
@@ -168,6 +175,14 @@ def subgroup_sum(span: int) -> tuple[float, bool]:
     with mock.patch.object(dist, "new_subgroups") as made:
         again = tp.subgroup(span)
     return tp_all_reduce(torch.tensor([float(tp.rank)]), again).item(), made.called or again != name
+
+
+def patience_of_a_later_model() -> list[float]:
+    """Seconds that the groups wait, when a second model asks for other seconds than the first."""
+    for seconds in (7.0, 9.0):
+        tp = TensorParallel.over_all_ranks("cpu", Reductions(timeout_seconds=seconds))
+        names = [tp.group, tp.subgroup(2), tp.host_group()]
+    return [group_named(name).timeout_seconds for name in names]
 
 
 def check_ops() -> None:

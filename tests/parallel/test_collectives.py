@@ -12,6 +12,7 @@ from tests.parallel.on_ranks import (
     check_ops,
     collective,
     compiled_and_eager,
+    patience_of_a_later_model,
     rank_tensor,
     shard_log_probs,
     subgroup_sum,
@@ -65,6 +66,10 @@ def test_gather_puts_columns_side_by_side_in_rank_order(
 def test_subgroups_are_neighbouring_ranks_and_are_made_once() -> None:
     assert run_on_ranks(4, subgroup_sum, 2) == [(1.0, False), (1.0, False), (5.0, False), (5.0, False)]
     assert run_on_ranks(4, subgroup_sum, 4) == [(6.0, False)] * 4
+
+
+def test_groups_that_a_first_model_made_wait_as_long_as_the_second_one_says() -> None:
+    assert run_on_ranks(4, patience_of_a_later_model) == [[9.0, 9.0, 9.0]] * 4
 
 
 @pytest.mark.parametrize("degree", [1, 2])
