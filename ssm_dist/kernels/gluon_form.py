@@ -14,7 +14,7 @@ class Form:
     """How a scan is run."""
 
     chunk: int = 0
-    """Tokens of a chunk, a multiple of 16; 0 for whole sequences."""
+    """Tokens of a chunk, a multiple of 8; 0 for whole sequences."""
     warps: int = 4
     """Warps a program; they share nothing but what the caches keep of B and C."""
     depth: int = 2
@@ -25,6 +25,8 @@ class Form:
     """Tiles of eight tokens in shared memory, 4 or more, for one warp a program; 0: loads into registers."""
     registers: int | None = None
     """Most registers a thread, which also makes the compiler use so many."""
+    cut: int = 0
+    """Tokens that the first chunk of a sequence is shorter by."""
     early: bool = False
     """With stages: the first tiles are copied before what else a program begins with, and the wait for it."""
 
@@ -69,11 +71,20 @@ def _nanoseconds(tokens: float, warps: int, held: float) -> float:
 def _two_passes(chunk: int, chunks: int, warps: int) -> float:
     """Nanoseconds for sequences in so many chunks; warps: of one chunk of all sequences.
 
-    Either pass has all chunks but one, and the first scans one of them.
+    Either pass has all chunks but one, and in the first they take equally long.
     """
-    first = chunk * (1 + SUMMARY * (chunks - 2)) / (chunks - 1)
-    second, at_work = chunk + FOLD * chunks, warps * (chunks - 1)
-    return PASSES + _nanoseconds(first, at_work, 4.5) + _nanoseconds(second, at_work, 4.5)
+    at_work = warps * (chunks - 1)
+    first, second = (
+        _nanoseconds(SUMMARY * chunk, at_work, 4.5),
+        _nanoseconds(chunk + FOLD * chunks, at_work, 4.5),
+    )
+    return PASSES + first + second
+
+
+def cut_up(length: int, parts: int) -> tuple[int, int]:
+    """Tokens of a chunk, and by how many the first is shorter: it is scanned while others are summarised."""
+    chunk = 8 * math.ceil(length / (8 * (parts - 1 + SUMMARY)))
+    return chunk, int((1 - SUMMARY) * chunk) // 8 * 8
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,8 +96,8 @@ def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
         return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
     best, form = _nanoseconds(length, warps, 5), Form(0, 1, 1, 1, 6 if length >= LONG else 4, 96)
     for parts in range(3, min(length // 64, 128) + 1):
-        chunk = 16 * -(-length // (16 * parts))
-        cost = _two_passes(chunk, -(-length // chunk), warps)
+        chunk, cut = cut_up(length, parts)
+        cost = _two_passes(chunk, -(-(length + cut) // chunk), warps)
         if cost < best:
-            best, form = cost, Form(chunk, 1, 1, 1, 4)
+            best, form = cost, Form(chunk, 1, 1, 1, 4, cut=cut)
     return form

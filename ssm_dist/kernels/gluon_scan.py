@@ -27,20 +27,21 @@ from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
 
 
 @gluon.jit
-def _find_item(seq_offsets, sequences, item, chunk):
+def _find_item(seq_offsets, sequences, item, chunk, cut):
     """Sequence of the item, and which of its chunks but the last that is, if below their number.
 
-    A sequence's items begin with its first token's number // chunk, and are no fewer than its chunks but one.
+    Were all sequences longer by what their first chunks are shorter by, a sequence's items would begin with
+    its first token's number // chunk, and be no fewer than its chunks but one.
     """
     low = 0
     high = sequences - 1
     while low < high:
         middle = (low + high + 1) // 2
-        if gl.load(seq_offsets + middle) // chunk <= item:
+        if (gl.load(seq_offsets + middle) + middle * cut) // chunk <= item:
             low = middle
         else:
             high = middle - 1
-    return low, item - gl.load(seq_offsets + low) // chunk
+    return low, item - (gl.load(seq_offsets + low) + low * cut) // chunk
 
 
 @gluon.jit
@@ -114,10 +115,10 @@ def _advance(
     return s, passed
 
 
-@gluon.jit(do_not_specialize=["sequences", "items", "chunk", "group_blocks"])
+@gluon.jit(do_not_specialize=["sequences", "items", "chunk", "cut", "group_blocks"])
 def scan_kernel(
     x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, ends, sums,
-    sequences, items, chunk, channels, group_channels, group_blocks,
+    sequences, items, chunk, cut, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
     STAGES: gl.constexpr, EARLY: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
@@ -132,7 +133,7 @@ def scan_kernel(
     sequence = item
     place = 0
     if CHUNKED:
-        sequence, place = _find_item(seq_offsets, sequences, item, chunk)
+        sequence, place = _find_item(seq_offsets, sequences, item, chunk, cut)
         if not SECOND:  # after the chunks, sequences that are one, and empty ones
             sequence = gl.where(item < items, sequence, item - items)
             place = gl.where(item < items, place, 0)
@@ -142,8 +143,9 @@ def scan_kernel(
     end = last
     idle = begin == end
     if CHUNKED:
-        begin = first + (place + 1 if SECOND else place) * chunk
-        end = gl.minimum(begin + chunk, last)
+        shifted = first - cut + (place + 1 if SECOND else place) * chunk
+        begin = gl.maximum(shifted, first)
+        end = gl.minimum(shifted + chunk, last)
         idle = begin >= last
         if not SECOND:
             idle = idle | ((end == last) != (item >= items))
@@ -250,7 +252,7 @@ def scan(
     """`selective_scan` in that form, for inputs that it `serves`."""
     (tokens, channels), (_, groups, states), sequences = x.shape, B.shape, slots.shape[0]
     y = x.new_empty(tokens, channels)
-    items = tokens // form.chunk if form.chunk else 0
+    items = (tokens + sequences * form.cut) // form.chunk if form.chunk else 0
     ends = state.new_empty((items, channels, states), dtype=torch.float32)
     sums = state.new_empty((items, channels), dtype=torch.float32)
     group_blocks = triton.cdiv(channels // groups, 16 * form.warps)
@@ -262,7 +264,7 @@ def scan(
         with torch.cuda.device_of(x):
             scan_kernel[((items if second else items + sequences) * groups * group_blocks,)](
                 x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, ends, sums,
-                sequences, items, form.chunk, channels, channels // groups, group_blocks,
+                sequences, items, form.chunk, form.cut, channels, channels // groups, group_blocks,
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
                 state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
                 STAGES=form.stages, EARLY=form.early, CHUNKED=form.chunk > 0, SECOND=second,

@@ -3,7 +3,7 @@
 Every form is checked against float64 on some channels, and for equal bits from run to run, in memory filled
 with NaN; then timed by CUDA graphs that rotate over input sets larger than the L2 cache, against mamba-ssm
 where it is installed. `--seconds` bounds the run: the results are written after each shape, and a second run
-with the same file measures what is missing. `--forms 256,1,1,0,4,128,0 ...` adds forms (the fields of `Form`
+with the same file measures what is missing. `--forms 256,1,1,0,4,0,0,0 ...` adds forms (the fields of `Form`
 in their order), `--shapes 8x8192x5120 ...` takes only some; `--out FOLDER` adds the chosen forms to the
 report there. `--once 8x8192x5120` runs one form three times, for a profiler.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -99,12 +100,12 @@ def name_of(form: Form) -> str:
 
 
 def parsed(form: str) -> Form:
-    *fields, registers, early = (int(n) for n in form.split(","))
-    return Form(*fields, registers or None, bool(early))
+    *fields, registers, cut, early = (int(n) for n in form.split(","))
+    return Form(*fields, registers or None, cut, bool(early))
 
 
 def chunks_of(length: int, parts: int) -> int:
-    return 16 * -(-length // (16 * parts))
+    return 8 * -(-length // (8 * parts))
 
 
 def chosen_form(shape: Shape, streams: bool = True) -> Form:
@@ -118,13 +119,15 @@ def forms_for(shape: Shape) -> list[Form]:
     chosen, warps = chosen_form(shape), sequences * -(-channels // 16)
     whole, cut = Form(0, 1, 1, 1, chosen.stages, 96), dataclasses.replace(chosen, registers=None)
     full = [int(share * gluon_form.SCHEDULERS / warps) + 1 for share in (1, 2, 3, 4, 5, 9)]
-    chunks = [chunks_of(length, parts) for parts in full if 3 <= parts <= length // 64]
+    chunks = [gluon_form.cut_up(length, parts) for parts in full if 3 <= parts <= length // 64]
     forms = [chosen, dataclasses.replace(chosen, early=True)]
     if chosen.chunk:
         forms += [dataclasses.replace(chosen, registers=most) for most in (96, 112)]
+        uncut = chunks_of(length, -(-(length + chosen.cut) // chosen.chunk))
+        forms += [dataclasses.replace(chosen, chunk=uncut, cut=0)]
     else:
         forms += [dataclasses.replace(chosen, stages=stages) for stages in (4, 6, 8)]
-    forms += [dataclasses.replace(cut, chunk=n, stages=4) for n in chunks]
+    forms += [dataclasses.replace(cut, chunk=n, cut=less, stages=4) for n, less in chunks]
     forms += [whole] if sequences * channels > 4000 else []
     return list(dict.fromkeys(forms))
 
@@ -205,7 +208,7 @@ def mamba_ssm(shape: Shape, copies: int) -> float | None:
 
 
 EDGES: list[tuple[dict[str, Any], list[Form]]] = [
-    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, True)]),
+    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, 16, True)]),
     ({"channels": 1280, "dtype": torch.float16}, [Form(0, 1, 1, 0, 4, 96)]),
 ]
 """Right or wrong, on ragged sequences, without times."""
@@ -306,6 +309,7 @@ def compile_all(shapes: list[Shape], more: list[Form]) -> None:
         os.waitpid(child, 0)
 
 
+@functools.cache
 def around() -> dict[str, Any]:
     """Where and by what call this was measured, on one GPU of the host."""
     found = circumstances(["torch", "triton", "mamba_ssm"])

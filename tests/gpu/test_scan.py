@@ -45,9 +45,9 @@ def test_forms_of_ragged_batches(form: tuple[int, ...], channels: int, groups: i
     [
         (0, 1, 1, 0, 4, 96),
         (0, 1, 1, 2, 6, None),
-        (112, 1, 1, 1, 4, None),
+        (112, 1, 1, 1, 4, None, 16),
         (16, 1, 1, 0, 5, 96),
-        (64, 1, 1, 1, 4, None, True),
+        (64, 1, 1, 1, 4, None, 8, True),
     ],
     ids=str,
 )

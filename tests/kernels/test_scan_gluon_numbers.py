@@ -97,7 +97,7 @@ def emulated(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def scan(form: tuple[int | None, ...], inputs: list[Any]) -> Tensor:
-    """In a form (chunk, warps, depth, extra, stages, registers, early)."""
+    """In a form (chunk, warps, depth, extra, stages, registers, cut, early)."""
     from ssm_dist.kernels import gluon_form, gluon_scan
 
     read = (inputs[0], inputs[1], inputs[6], inputs[3], inputs[4])
@@ -152,7 +152,7 @@ def test_streamed_half_precision_with_the_polynomial() -> None:
 @pytest.mark.parametrize("lengths", [[16, 17, 0, 1, 15, 33, 32, 7], [170]], ids=str)
 def test_streamed_chunks_in_two_passes(lengths: list[int]) -> None:
     assert_exact((16, 1, 1, 0, 4), lengths, channels=24)
-    assert_exact((16, 1, 1, 0, 4, None, True), lengths, channels=24)
+    assert_exact((16, 1, 1, 0, 4, None, 3, True), lengths, channels=24)
 
 
 def test_32_states() -> None:
