@@ -21,6 +21,10 @@ IN_FLIGHT = 16384
 """Prompt tokens of a case from which on the targets of prefill hold for it."""
 
 
+WAY = ("kernels", "compile", "state_dtype")
+"""Keys of how an engine of ours ran, whatever the degree."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """One figure that systems are compared by."""
@@ -151,11 +155,11 @@ def best_peer(row: Row, measure: Measure, rows: Sequence[Row]) -> Row | None:
 
 
 def on_one_gpu(row: Row, rows: Sequence[Row]) -> Row | None:
-    """Our row of the same case on one GPU."""
+    """The same system's row of the same case on one GPU, run in the same way."""
     alike = [
         other for other in rows
         if other["system"] == row["system"] and other["degree"] == 1
-        and all(other[key] == row[key] for key in MATCH)
+        and all(other.get(key) == row.get(key) for key in (*MATCH, *WAY))
     ]  # fmt: skip
     return alike[0] if alike else None
 

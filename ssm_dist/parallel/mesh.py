@@ -70,7 +70,7 @@ class TensorParallel:
         return self._patient(name)
 
     def _patient(self, name: str) -> str:
-        """The group of that name, even if an earlier model made it; it waits as long as this one's reductions."""
+        """The group of that name; even if an earlier model made it, it waits as long as this one says."""
         group_named(name).timeout_seconds = self.reductions.timeout_seconds
         return name
 

@@ -120,6 +120,14 @@ def test_scaling_is_against_our_own_single_gpu():
     assert found == [("ssm-dist", 1.69, "not met"), ("ssm-dist, int8", 1.71, "met")]
 
 
+def test_scaling_is_against_a_single_gpu_that_ran_in_the_same_way():
+    case = {"batch": 64, "prompt_tokens": 2048, "new_tokens": 128}
+    ways = ({"kernels": "reference", "compile": "none"}, {"kernels": "triton", "compile": "capture"})
+    rates = ((1, ways[0], 10.0), (1, ways[1], 100.0), (2, ways[1], 180.0), (2, {"kernels": "other"}, 9.0))
+    cases = [row(**case, **way, degree=d, output_tokens_per_second=rate) for d, way, rate in rates]
+    assert [item["times"] for item in scaled(rows_of([document(*cases)]))] == [1.8]
+
+
 def test_of_runs_of_the_same_case_the_last_one_counts():
     early, late = document(row(decode_ms_a_step=9.0)), document(row(decode_ms_a_step=2.0), row(p2p=False))
     assert [found["decode_ms_a_step"] for found in rows_of([early, late])] == [2.0, 2.0]
