@@ -39,7 +39,7 @@ from ssm_dist.kernels.norm import add_rms_norm_reference
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import Reductions, carrier, wait_for_device
 from ssm_dist.parallel.collectives.tables import table_to_json
-from ssm_dist.version import __version__
+from ssm_dist.version import __version__, commit
 
 START = time.monotonic()
 WIDTH = 2560
@@ -217,7 +217,8 @@ def main() -> None:
     if gpu and not options.no_p2p:
         tp.share_memory(max(lengths), max(WIDTHS), torch.bfloat16, device)
     report = {
-        "ranks": tp.degree, "carrier": carrier(tp.group), "ssm_dist": __version__, "torch": torch.__version__,
+        "ranks": tp.degree, "carrier": carrier(tp.group), "ssm_dist": __version__, "commit": commit(),
+        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if gpu else "CPU",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if gpu else "", "p2p": not options.no_p2p,
     }  # fmt: skip
