@@ -18,7 +18,7 @@ def test_a_sequence_is_cut_into_chunks_of_which_none_is_empty(tokens: int, chann
     form = choose(tokens, 1, channels, True)
     chunks = -(-(tokens + form.cut) // form.chunk)
     assert chunks >= 3 and form.chunk % 8 == 0
-    assert 0 < form.chunk - form.cut and (chunks - 1) * form.chunk - form.cut < tokens
+    assert form.chunk > form.cut and (chunks - 1) * form.chunk - form.cut < tokens
 
 
 def test_short_sequences_and_single_tokens_stay_whole() -> None:
