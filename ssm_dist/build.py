@@ -149,16 +149,22 @@ def reductions_of(section: ReductionConfig) -> Reductions:
 
 
 def _agree_on_table(tp: TensorParallel, file: Path | None, ranks: Ranks) -> None:
-    """Let all ranks choose algorithms by the same table: rank 0's file, or the one that ships."""
+    """Let all ranks choose algorithms by the same table: rank 0's file, or the one that ships.
+
+    Raises `UserError`, on all ranks, when the file cannot be read or holds no table.
+    """
     if file is None:
         use_table(SHIPPED)
         return
-    text = b""
+    text, problem = b"", ""
     if tp.rank == 0:
         try:
             text = file.read_bytes()
         except OSError as error:
-            raise UserError(f"cannot read the table of reductions {file}: {error.strerror}") from None
+            problem = f"cannot read the table of reductions {file}: {error.strerror}"
+    problem = broadcast_bytes(problem.encode(), tp.group, ranks.device).decode()
+    if problem:
+        raise UserError(problem)
     text = broadcast_bytes(text, tp.group, ranks.device)
     use_table(table_from_json(text.decode(errors="replace"), str(file)))
 
