@@ -27,6 +27,8 @@ class Form:
     """Most registers a thread, which also makes the compiler use so many."""
     cut: int = 0
     """Tokens that the first chunk of a sequence is shorter by."""
+    whole: int = 0
+    """Of the channels of a sequence, with chunks: those of so many programs stay whole."""
     early: bool = False
     """With stages: the first tiles are copied before what else a program begins with, and the wait for it."""
 
@@ -54,6 +56,8 @@ SUMMARY, FOLD = 0.85, 1.0
 """In tokens: one without output, and what folding a summary into a state takes."""
 START, PASSES = 2000, 4000
 """Nanoseconds until a program is under way, and for a second pass."""
+WORTH = 1.1
+"""By how much a form with some channels whole, which has not been measured yet, is to be faster."""
 LONG = 4096
 """Tokens from which more tiles ahead pay for the longer start."""
 ENOUGH, SHORTEST = 3800, 160
@@ -87,6 +91,23 @@ def cut_up(length: int, parts: int) -> tuple[int, int]:
     return chunk, int((1 - SUMMARY) * chunk) // 8 * 8
 
 
+def some_whole(length: int, sequences: int, blocks: int) -> tuple[float, Form]:
+    """The best form where as many warps stay whole on each scheduler, after its nanoseconds."""
+    best, form = math.inf, Form()
+    held = sequences * blocks // SCHEDULERS
+    whole = held * SCHEDULERS // sequences
+    rest = sequences * (blocks - whole)
+    for parts in range(3, min(length // 64, 16) + 1) if held and rest else ():
+        chunk, cut = cut_up(length, parts)
+        pieces = rest * (-(-(length + cut) // chunk) - 1)
+        beside = held + math.ceil(pieces / SCHEDULERS)
+        cost = PASSES + _nanoseconds(SUMMARY * chunk, pieces, 4.5) + START
+        cost += chunk * (LATENCY + SHARE * beside) + (length - chunk) * (LATENCY + SHARE * held)
+        if beside <= 4 and cost < best:
+            best, form = cost, Form(chunk, 1, 1, 1, 4, 112, cut, whole)
+    return best, form
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
     """The form for sequences of about equal lengths; streams: whether the inputs are such."""
@@ -100,4 +121,5 @@ def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
         cost = _two_passes(chunk, -(-(length + cut) // chunk), warps)
         if cost < best:
             best, form = cost, Form(chunk, 1, 1, 1, 4, cut=cut)
-    return form
+    cost, mixed = some_whole(length, sequences, -(-channels // 16))
+    return mixed if WORTH * cost < best else form

@@ -3,8 +3,8 @@
 Every form is checked against float64 on some channels, and for equal bits from run to run, in memory filled
 with NaN; then timed by CUDA graphs that rotate over input sets larger than the L2 cache, against mamba-ssm
 where it is installed. `--seconds` bounds the run: the results are written after each shape, and a second run
-with the same file measures what is missing. `--forms 256,1,1,0,4,0,0,0 ...` adds forms (the fields of `Form`
-in their order), `--shapes 8x8192x5120 ...` takes only some; `--out FOLDER` adds the chosen forms to the
+with the same file measures what is missing. `--forms 256,1,1,0,4,0,0,0,0 ...` adds forms (`Form`'s fields in
+their order), `--shapes 8x8192x5120 ...` takes only some; `--out FOLDER` adds the chosen forms to the
 report there. `--once 8x8192x5120` runs one form three times, for a profiler.
 """
 
@@ -100,8 +100,8 @@ def name_of(form: Form) -> str:
 
 
 def parsed(form: str) -> Form:
-    *fields, registers, cut, early = (int(n) for n in form.split(","))
-    return Form(*fields, registers or None, cut, bool(early))
+    *fields, registers, cut, whole, early = (int(n) for n in form.split(","))
+    return Form(*fields, registers or None, cut, whole, bool(early))
 
 
 def chunks_of(length: int, parts: int) -> int:
@@ -128,6 +128,11 @@ def forms_for(shape: Shape) -> list[Form]:
     else:
         forms += [dataclasses.replace(chosen, stages=stages) for stages in (4, 6, 8)]
     forms += [dataclasses.replace(cut, chunk=n, cut=less, stages=4) for n, less in chunks]
+    foreseen, mixed = gluon_form.some_whole(length, sequences, -(-channels // 16))
+    if foreseen < float("inf"):
+        pieces = [gluon_form.cut_up(length, parts) for parts in (4, 5, 9)]
+        forms += [mixed, dataclasses.replace(mixed, registers=None)]
+        forms += [dataclasses.replace(mixed, chunk=n, cut=less) for n, less in pieces]
     forms += [whole] if sequences * channels > 4000 else []
     return list(dict.fromkeys(forms))
 
@@ -208,7 +213,7 @@ def mamba_ssm(shape: Shape, copies: int) -> float | None:
 
 
 EDGES: list[tuple[dict[str, Any], list[Form]]] = [
-    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, 16, True)]),
+    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, 16, 5, True)]),
     ({"channels": 1280, "dtype": torch.float16}, [Form(0, 1, 1, 0, 4, 96)]),
 ]
 """Right or wrong, on ragged sequences, without times."""
@@ -289,9 +294,9 @@ def compile_all(shapes: list[Shape], more: list[Form]) -> None:
     """All kernels into Triton's cache on disk, by processes that share what this one has imported."""
     todo: dict[str, tuple[Run, dict[str, Any]]] = {}
     for shape in shapes:
-        for name, run in runs_for(shape, more).items():
-            chunk, rest = name.removeprefix("gluon ").split(",", 1)
-            todo.setdefault(f"{chunk != '0'} {rest}", (run, {"channels": shape[2]}))
+        for form in [*forms_for(shape), *more]:
+            small = dataclasses.replace(form, chunk=min(form.chunk, 32), cut=0, whole=min(form.whole, 1))
+            todo.setdefault(name_of(small), (gluon(small), {"channels": shape[2]}))
     for case, forms in EDGES:
         for form in forms:
             todo[f"{case} {name_of(form)}"] = (gluon(form), case)
