@@ -26,11 +26,11 @@ class Form:
     registers: int | None = None
     """Most registers a thread, which also makes the compiler use so many."""
     cut: int = 0
-    """Tokens that the first chunk of a sequence is shorter by."""
+    """Tokens that the first chunk of a sequence is shorter by; not chosen before it has been measured."""
     whole: int = 0
-    """Of the channels of a sequence, with chunks: those of so many programs stay whole."""
+    """Of the channels of a sequence, with chunks: those of so many programs stay whole. Not chosen either."""
     early: bool = False
-    """With stages: the first tiles are copied before what else a program begins with, and the wait for it."""
+    """With stages: the first tiles are copied before what else a program begins with. Not chosen either."""
 
 
 def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -52,60 +52,42 @@ SCHEDULERS = 528
 """132 multiprocessors with four each, and a special-function unit to each scheduler."""
 LATENCY, SHARE = 15, 51
 """Nanoseconds a token, and for each warp of a scheduler's: H100, whole sequences with 1, 2 and 5 warps."""
+IN_CHUNKS = (72, 126, 190, 216, 268)
+"""Nanoseconds a token of sequences in chunks, with at most 1, 2, ... warps a scheduler: H100."""
 SUMMARY, FOLD = 0.85, 1.0
 """In tokens: one without output, and what folding a summary into a state takes."""
-START, PASSES = 2000, 4000
-"""Nanoseconds until a program is under way, and for a second pass."""
-WORTH = 1.1
-"""By how much a form with some channels whole, which has not been measured yet, is to be faster."""
-LONG = 4096
-"""Tokens from which more tiles ahead pay for the longer start."""
+STARTS = 8000
+"""Nanoseconds for two passes to get under way, beyond one."""
+LONG, MANY = 4096, 2 * SCHEDULERS
+"""Tokens, and warps, from which more tiles ahead pay for the longer start."""
 ENOUGH, SHORTEST = 3800, 160
 """Warps in all chunks, and tokens of the shortest chunk, where loads go into registers."""
+SHORTEST_STREAMED = 128
+"""Tokens of the shortest chunk otherwise."""
 
 
-def _nanoseconds(tokens: float, warps: int, held: float) -> float:
-    """For so many tokens of each warp, of which a scheduler has registers for `held` at a time."""
-    share = warps / SCHEDULERS
-    if share > held:  # warps begin as others end, and all schedulers are busy until about the end
-        return share / held * (START + tokens * (LATENCY + SHARE * held))
-    return START + tokens * (LATENCY + SHARE * math.ceil(share))
+def _whole(tokens: float, warps: int) -> float:
+    """Nanoseconds for sequences of so many tokens; a scheduler with one warp more holds up all others."""
+    return tokens * (LATENCY + SHARE * math.ceil(warps / SCHEDULERS))
 
 
 def _two_passes(chunk: int, chunks: int, warps: int) -> float:
     """Nanoseconds for sequences in so many chunks; warps: of one chunk of all sequences.
 
-    Either pass has all chunks but one, and in the first they take equally long.
+    Either pass has all chunks but one, and the first scans one of them. Infinite where they are not all at
+    work at once.
     """
-    at_work = warps * (chunks - 1)
-    first, second = (
-        _nanoseconds(SUMMARY * chunk, at_work, 4.5),
-        _nanoseconds(chunk + FOLD * chunks, at_work, 4.5),
-    )
-    return PASSES + first + second
+    share = math.ceil(warps * (chunks - 1) / SCHEDULERS)
+    if share > len(IN_CHUNKS):
+        return math.inf
+    first = chunk * (1 + SUMMARY * (chunks - 2)) / (chunks - 1)
+    return STARTS + (first + chunk + FOLD * chunks) * IN_CHUNKS[share - 1]
 
 
 def cut_up(length: int, parts: int) -> tuple[int, int]:
     """Tokens of a chunk, and by how many the first is shorter: it is scanned while others are summarised."""
     chunk = 8 * math.ceil(length / (8 * (parts - 1 + SUMMARY)))
     return chunk, int((1 - SUMMARY) * chunk) // 8 * 8
-
-
-def some_whole(length: int, sequences: int, blocks: int) -> tuple[float, Form]:
-    """The best form where as many warps stay whole on each scheduler, after its nanoseconds."""
-    best, form = math.inf, Form()
-    held = sequences * blocks // SCHEDULERS
-    whole = held * SCHEDULERS // sequences
-    rest = sequences * (blocks - whole)
-    for parts in range(3, min(length // 64, 16) + 1) if held and rest else ():
-        chunk, cut = cut_up(length, parts)
-        pieces = rest * (-(-(length + cut) // chunk) - 1)
-        beside = held + math.ceil(pieces / SCHEDULERS)
-        cost = PASSES + _nanoseconds(SUMMARY * chunk, pieces, 4.5) + START
-        cost += chunk * (LATENCY + SHARE * beside) + (length - chunk) * (LATENCY + SHARE * held)
-        if beside <= 4 and cost < best:
-            best, form = cost, Form(chunk, 1, 1, 1, 4, 112, cut, whole)
-    return best, form
 
 
 @functools.lru_cache(maxsize=4096)
@@ -115,11 +97,11 @@ def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
     if not (streams and STREAMED):
         chunks = min(ENOUGH // warps, length // SHORTEST)
         return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
-    best, form = _nanoseconds(length, warps, 5), Form(0, 1, 1, 1, 6 if length >= LONG else 4, 96)
-    for parts in range(3, min(length // 64, 128) + 1):
-        chunk, cut = cut_up(length, parts)
-        cost = _two_passes(chunk, -(-(length + cut) // chunk), warps)
+    best, form = _whole(length, warps), Form(0, 1, 1, 1, 6 if length >= LONG and warps > MANY else 4, 96)
+    # with more warps than schedulers, no chunks that were measured are faster than whole sequences
+    for parts in range(3, min(length // SHORTEST_STREAMED, 128) + 1) if warps <= SCHEDULERS else ():
+        chunk = 16 * -(-length // (16 * parts))
+        cost = _two_passes(chunk, -(-length // chunk), warps)
         if cost < best:
-            best, form = cost, Form(chunk, 1, 1, 1, 4, cut=cut)
-    cost, mixed = some_whole(length, sequences, -(-channels // 16))
-    return mixed if WORTH * cost < best else form
+            best, form = cost, Form(chunk, 1, 1, 1, 4)
+    return form

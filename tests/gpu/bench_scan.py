@@ -128,11 +128,10 @@ def forms_for(shape: Shape) -> list[Form]:
     else:
         forms += [dataclasses.replace(chosen, stages=stages) for stages in (4, 6, 8)]
     forms += [dataclasses.replace(cut, chunk=n, cut=less, stages=4) for n, less in chunks]
-    foreseen, mixed = gluon_form.some_whole(length, sequences, -(-channels // 16))
-    if foreseen < float("inf"):
+    blocks = warps // gluon_form.SCHEDULERS * gluon_form.SCHEDULERS // sequences
+    if blocks and blocks * sequences < warps:  # as many channels whole as give every scheduler the same
         pieces = [gluon_form.cut_up(length, parts) for parts in (4, 5, 9)]
-        forms += [mixed, dataclasses.replace(mixed, registers=None)]
-        forms += [dataclasses.replace(mixed, chunk=n, cut=less) for n, less in pieces]
+        forms += [Form(n, 1, 1, 1, 4, 112, less, blocks) for n, less in pieces]
     forms += [whole] if sequences * channels > 4000 else []
     return list(dict.fromkeys(forms))
 
