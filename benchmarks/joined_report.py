@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from ssm_dist.version import commit
+from ssm_dist.provenance import command, commit
 
 Run = dict[str, Any]
 IDENTITY = ("case", "degree", "hardware")
@@ -24,10 +24,7 @@ IDENTITY = ("case", "degree", "hardware")
 
 def circumstances(packages: Sequence[str]) -> dict[str, Any]:
     """Hardware, versions, commit, and the call that makes a run, without the folder that it writes to."""
-    words = list(sys.argv)
-    if "--out" in words:
-        del words[words.index("--out") : words.index("--out") + 2]
-    call = " ".join(["python", f"benchmarks/{Path(words[0]).name}", *words[1:]])
+    call = command(f"python benchmarks/{Path(sys.argv[0]).name}", sys.argv[1:])
     return {"hardware": _hardware(), "versions": _versions(packages), "commit": commit(), "call": call}
 
 

@@ -33,9 +33,10 @@ from torch import Tensor
 
 from ssm_dist import LLM, SamplingParams
 from ssm_dist.parallel import styles
+from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import close_ranks
 from ssm_dist.scheduler import Chunk, Sequence
-from ssm_dist.version import __version__, commit
+from ssm_dist.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "checkpoints"))
@@ -179,9 +180,9 @@ def launch(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for degree in options.degrees:
             file = Path(folder, f"{degree}.json")
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
             words = [str(degree), str(Path(__file__).resolve()), *sys.argv[1:], "--rows", str(file)]
-            subprocess.run([*command, *words], check=True)
+            subprocess.run([*launcher, *words], check=True)
             rows += json.loads(file.read_text())
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     about = (
@@ -190,8 +191,8 @@ def launch(options: argparse.Namespace) -> None:
         f"{options.answers} greedy answers of {options.answer} tokens"
     )
     options.out.mkdir(parents=True, exist_ok=True)
-    command = f"python benchmarks/reduction_fidelity.py {' '.join(sys.argv[1:])}"
-    report = {"about": about, "commit": commit(), "command": command, "goals, %": GOALS, "rows": rows}
+    called = command("python benchmarks/reduction_fidelity.py", sys.argv[1:])
+    report = {"about": about, "commit": commit(), "command": called, "goals, %": GOALS, "rows": rows}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "report.md").write_text(markdown(report))
 

@@ -39,7 +39,8 @@ from ssm_dist.kernels.norm import add_rms_norm_reference
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import Reductions, carrier, wait_for_device
 from ssm_dist.parallel.collectives.tables import table_to_json
-from ssm_dist.version import __version__, commit
+from ssm_dist.provenance import commit
+from ssm_dist.version import __version__
 
 START = time.monotonic()
 WIDTH = 2560

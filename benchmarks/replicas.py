@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ssm_dist.benchmark.cases import parse_case
-from ssm_dist.benchmark.program import command
+from ssm_dist.provenance import command
 
 PATIENCE = 300.0
 """Seconds that a replica waits for the others."""

@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 
-from ssm_dist.benchmark.program import command
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.config import Config, build_config
 from ssm_dist.flags import read_flags
+from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import close_ranks
-from ssm_dist.version import commit
 
 
 def parser(about: str | None) -> argparse.ArgumentParser:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ssm_dist import LLM, SamplingParams
+from ssm_dist.provenance import command, commit
 from ssm_dist.scheduler import Chunk, Sequence
 from ssm_dist.text import Tokenizer
-from ssm_dist.version import commit
 
 CHECKPOINTS = ["mamba-tiny-python", "falcon-mamba-tiny-python", "zamba-tiny-python"]
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -94,17 +94,17 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {platform.machine()}"
     about = f"{device}; torch {torch.__version__}, Python {platform.python_version()}, {options.text}"
     made_of = commit()
-    command = f"python benchmarks/state_drift.py {' '.join(sys.argv[1:])}"
+    called = command("python benchmarks/state_drift.py", sys.argv[1:])
     rows: list[dict[str, Any]] = []
     for name in CHECKPOINTS:
         rows += measure(Path("checkpoints") / name, text, options.tokens)
         print(json.dumps(rows[-len(DTYPES) :]), flush=True)
-    report = {"hardware": about, "commit": made_of, "command": command, "rows": rows}
+    report = {"hardware": about, "commit": made_of, "command": called, "rows": rows}
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     table = ["| " + " | ".join(rows[0]) + " |", "|" + "---|" * len(rows[0])]
     table += ["| " + " | ".join(map(str, row.values())) + " |" for row in rows]
     (options.out / "report.md").write_text(
-        "\n".join([about, "", f"`{command}` at commit {made_of}", "", *table, ""])
+        "\n".join([about, "", f"`{called}` at commit {made_of}", "", *table, ""])
     )
 
 

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor
 
 from ssm_dist.benchmark.cases import Case, parse_case
-from ssm_dist.benchmark.program import command
 from ssm_dist.benchmark.timing import spread
+from ssm_dist.provenance import command
 from ssm_dist.registry import preset
 
 

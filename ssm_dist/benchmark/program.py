@@ -27,13 +27,11 @@ from ssm_dist.capture import resolve_mode
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
+from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import init_ranks
-from ssm_dist.version import __version__, commit
+from ssm_dist.version import __version__
 
 logger = logging.getLogger(__name__)
-
-PLACES = ("--out", "--benchmark.folder", "--benchmark.profile")
-"""Options, with a word after them, that a command is told without."""
 
 Document = dict[str, Any]
 """What a run tells: system, version, environment, and cases, each of which says what it was run with."""
@@ -169,14 +167,6 @@ def new_document(config: Config, device: torch.device, rates: Ceilings | None) -
         "config": config.model_dump(mode="json", exclude={"benchmark": {"folder", "profile"}}),
         "cases": [],
     }
-
-
-def command(program: str, words: list[str]) -> str:
-    """What was called, without where it wrote: that is a matter of the machine."""
-    kept = [
-        w for before, w in zip(["", *words], words, strict=False) if before not in PLACES and w not in PLACES
-    ]
-    return " ".join([program, *kept])
 
 
 def _brief(measures: dict[str, Any]) -> str:

@@ -40,7 +40,8 @@ from ssm_dist.kernel_benchmark.clock import Call, Clock
 from ssm_dist.kernel_benchmark.peers import installed_peers
 from ssm_dist.kernel_benchmark.precompile import precompile
 from ssm_dist.kernels import backend, tuning
-from ssm_dist.version import __version__, commit
+from ssm_dist.provenance import commit
+from ssm_dist.version import __version__
 
 logger = logging.getLogger(__name__)
 

@@ -84,12 +84,6 @@ def _two_passes(chunk: int, chunks: int, warps: int) -> float:
     return STARTS + (first + chunk + FOLD * chunks) * IN_CHUNKS[share - 1]
 
 
-def cut_up(length: int, parts: int) -> tuple[int, int]:
-    """Tokens of a chunk, and by how many the first is shorter: it is scanned while others are summarised."""
-    chunk = 8 * math.ceil(length / (8 * (parts - 1 + SUMMARY)))
-    return chunk, int((1 - SUMMARY) * chunk) // 8 * 8
-
-
 @functools.lru_cache(maxsize=4096)
 def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
     """The form for sequences of about equal lengths; streams: whether the inputs are such."""

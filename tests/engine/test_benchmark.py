@@ -15,11 +15,12 @@ from ssm_dist.benchmark.breakdown import Profile, is_reduction, own_times, profi
 from ssm_dist.benchmark.cases import Case, cases_of, parse_case
 from ssm_dist.benchmark.floors import decode_bytes, flop_a_token
 from ssm_dist.benchmark.page import page
-from ssm_dist.benchmark.program import command, run_benchmark
+from ssm_dist.benchmark.program import run_benchmark
 from ssm_dist.benchmark.timing import Sample, quantiles
 from ssm_dist.build import build_meta, open_source
 from ssm_dist.config import BenchmarkConfig
 from ssm_dist.parallel import resolve_plan
+from ssm_dist.provenance import command
 from tests.engine.benchmarks import configuration, measured
 from tests.ranks import run_on_ranks
 

@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -29,6 +30,7 @@ from torch import Tensor
 from benchmarks.joined_report import circumstances
 from ssm_dist.kernels import gluon_form, gluon_scan, triton_scan
 from ssm_dist.kernels.gluon_form import Form
+from ssm_dist.provenance import command
 from tests.gpu.scan_report import report
 
 Shape = tuple[int, int, int]
@@ -108,6 +110,12 @@ def chunks_of(length: int, parts: int) -> int:
     return 8 * -(-length // (8 * parts))
 
 
+def cut_up(length: int, parts: int) -> tuple[int, int]:
+    """Tokens of a chunk, and by how many the first is shorter: it is scanned while others are summarised."""
+    chunk = 8 * math.ceil(length / (8 * (parts - 1 + gluon_form.SUMMARY)))
+    return chunk, int((1 - gluon_form.SUMMARY) * chunk) // 8 * 8
+
+
 def chosen_form(shape: Shape, streams: bool = True) -> Form:
     sequences, length, channels = shape
     return gluon_form.choose(sequences * length, sequences, channels, streams)
@@ -119,7 +127,7 @@ def forms_for(shape: Shape) -> list[Form]:
     chosen, warps = chosen_form(shape), sequences * -(-channels // 16)
     whole, cut = Form(0, 1, 1, 1, chosen.stages, 96), dataclasses.replace(chosen, registers=None)
     full = [int(share * gluon_form.SCHEDULERS / warps) + 1 for share in (1, 2, 3, 4, 5, 9)]
-    chunks = [gluon_form.cut_up(length, parts) for parts in full if 3 <= parts <= length // 64]
+    chunks = [cut_up(length, parts) for parts in full if 3 <= parts <= length // 64]
     forms = [chosen, dataclasses.replace(chosen, early=True)]
     if chosen.chunk:
         forms += [dataclasses.replace(chosen, registers=most) for most in (96, 112)]
@@ -130,7 +138,7 @@ def forms_for(shape: Shape) -> list[Form]:
     forms += [dataclasses.replace(cut, chunk=n, cut=less, stages=4) for n, less in chunks]
     blocks = warps // gluon_form.SCHEDULERS * gluon_form.SCHEDULERS // sequences
     if blocks and blocks * sequences < warps:  # as many channels whole as give every scheduler the same
-        pieces = [gluon_form.cut_up(length, parts) for parts in (4, 5, 9)]
+        pieces = [cut_up(length, parts) for parts in (4, 5, 9)]
         forms += [Form(n, 1, 1, 1, 4, 112, less, blocks) for n, less in pieces]
     forms += [whole] if sequences * channels > 4000 else []
     return list(dict.fromkeys(forms))
@@ -316,10 +324,9 @@ def compile_all(shapes: list[Shape], more: list[Form]) -> None:
 @functools.cache
 def around() -> dict[str, Any]:
     """Where and by what call this was measured, on one GPU of the host."""
-    found = circumstances(["torch", "triton", "mamba_ssm"])
-    words = [word for k, word in enumerate(sys.argv[1:]) if "--out" not in sys.argv[k : k + 2]]
-    call = " ".join(["python -m tests.gpu.bench_scan", *words])
-    return found | {"hardware": f"1 x {torch.cuda.get_device_name()}", "call": call}
+    call = command("python -m tests.gpu.bench_scan", sys.argv[1:])
+    alone = {"hardware": f"1 x {torch.cuda.get_device_name()}", "call": call}
+    return circumstances(["torch", "triton", "mamba_ssm"]) | alone
 
 
 def sized(text: str) -> Shape:
