@@ -65,16 +65,18 @@ def _conv_kernel(
     x, weight, bias, state, seq_offsets, slots, y,
     x_row, state_slot, state_row, sequences, channels,
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_T: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_T tokens of a sequence, BLOCK_D channels; the window of inputs in registers."""
     KEPT: tl.constexpr = WIDTH - 1
+    start_next(PDL)
     blocks = tl.cdiv(channels, BLOCK_D)
     program = tl.program_id(0)
     channel = (program % blocks) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = channel < channels
     # Asked for first and used last: loads are issued in order, and each wait ahead of them would be added.
     taps, offset = _taps_and_bias(weight, bias, channel, inside, WIDTH, HAS_BIAS)
+    wait_for_inputs(PDL)
     sequence, start, end, first = chunk_of_program(
         seq_offsets, sequences, program // blocks, BLOCK_T, BLOCK_S
     )
@@ -191,7 +193,7 @@ def causal_conv(
                 x.stride(0), state.stride(0), state.stride(1), slots.shape[0], channels,
                 WIDTH=width, HAS_BIAS=bias is not None,
                 BLOCK_S=min(triton.next_power_of_2(slots.shape[0]), 256),
-                enable_fp_fusion=True, **config,
+                enable_fp_fusion=True, **config, **launch_options(x.device),
             )  # fmt: skip
     return y
 
