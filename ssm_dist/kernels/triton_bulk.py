@@ -1,9 +1,11 @@
 """Sums of long messages over shared memory, in two shots, with a codec, plain or with residual and norm.
 
-Every rank owns a stripe of the rows. In three phases: a rank encodes its rows and stores each stripe into its
-owner's memory; the owner decodes what all ranks sent, adds it up in float32 in rank order, and stores the
-encoded sum into every rank's memory; all ranks decode it. With a norm, the owner adds its rows of the
-residual stream in between, keeps them, and sends the normed rows: the residual stays split over the ranks.
+Every rank owns a stripe of the rows. In three phases: a rank encodes the others' stripes of its rows and
+stores each into its owner's memory; the owner decodes what they sent, adds it and its own part up in float32
+in rank order, and stores the encoded sum into the others' memories; they decode it. With a norm, the owner
+adds its rows of the residual stream in between, keeps them, and sends the normed rows: the residual stays
+split over the ranks. What a rank would send itself stays in registers, where it is encoded and decoded all
+the same: the bits of all ranks agree.
 
 Program p works on the same tiles of all stripes on all ranks, so it waits for the programs p of the others
 alone, by flags that count up: its epoch is in the device's own memory. A rank that begins a call knows that
@@ -90,7 +92,7 @@ def bulk_sum(
 
 def bulk_sum_add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
-    memory: BulkMemory, phase: int = ALL, total: Tensor | None = None,
+    memory: BulkMemory, phase: int = ALL, y: Tensor | None = None, total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`kernels.add_rms_norm` of the sum of every rank's x (T, H), the residual stream split over the ranks.
 
@@ -100,7 +102,8 @@ def bulk_sum_add_rms_norm(
     """
     assert weight.dtype == x.dtype
     rows, width = x.shape
-    y = torch.empty_like(x)
+    if y is None:
+        y = torch.empty_like(x)
     if total is None:
         total = x.new_empty((triton.cdiv(rows, memory.ranks), width), dtype=torch.float32)
     _launch(x, residual, weight, y, total, eps, codec, group_size, memory, phase)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ssm_dist.kernels.triton_codecs import load_decoded, quantised, store_quantised
+from ssm_dist.kernels.triton_codecs import decoded, load_decoded, quantised, store_quantised
 from ssm_dist.kernels.triton_remote import raise_flag, wait_for_flag
 
 
@@ -49,38 +49,60 @@ def _send_parts(
 
 
 @triton.jit
-def _send_sum(
-    value, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
-    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+def _own_part(
+    x, row, exists, first, width,
+    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Encode value (ROWS, CHUNK) and store it into every rank's memory."""
-    payload, scale = quantised(value, CODEC, GROUP, DTYPE)
-    for step in range(RANKS):
+    """What the others would decode of this rank's part, had it been sent to them: (ROWS, CHUNK) float32."""
+    column = first + tl.arange(0, CHUNK)
+    inside = exists[:, None] & (column < width)[None, :]
+    value = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    payload, scale = quantised(value, CODEC, GROUP, x.dtype.element_ty)
+    return decoded(payload, scale, CODEC, GROUP)
+
+
+@triton.jit
+def _send_sum(
+    value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Encode value (ROWS, CHUNK) and store it into the others' memories; what they decode, into y."""
+    payload, scale = quantised(value, CODEC, GROUP, y.dtype.element_ty)
+    for step in range(RANKS - 1):
         at = _rows_at(_peer(peers, step, RANKS) + sums_at, row, row_bytes)
         store_quantised(at, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
+    column = first + tl.arange(0, payload.shape[1])
+    inside = exists[:, None] & (column < width)[None, :]
+    own = decoded(payload, scale, CODEC, GROUP).to(y.dtype.element_ty)
+    tl.store(y + row[:, None] * width + column[None, :], own, mask=inside)
 
 
 @triton.jit
 def _add_up(
-    residual, weight, total, eps, parts, peers, sums_at, first_row, residual_row, rows, width, halves, stripe,
-    row_bytes, scales_at,
+    x, residual, weight, y, total, eps, parts, peers, sums_at, rank, residual_row,
+    rows, width, halves, stripe, row_bytes, scales_at,
     RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, WITH_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, DTYPE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sum this program's tiles of the own stripe, from the region at `parts`; norm them, if asked; send."""
+    """Sum this program's tiles of the own stripe, in x and at `parts`; norm them, if asked; send."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
     for tile in range(tl.program_id(0), tl.cdiv(stripe, ROWS), tl.num_programs(0)):
         local, exists = _tile(tile, stripe, ROWS)
-        row = first_row + local
+        row = rank * stripe + local
         exists &= row < rows
         squares = tl.zeros((ROWS,), tl.float32)
         for first in range(0, width, CHUNK):
-            at = _rows_at(parts, local, row_bytes)
-            value = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
-            for sender in tl.static_range(1, RANKS):
-                part = _rows_at(parts, sender * stripe + local, row_bytes)
-                value += load_decoded(
-                    part, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE
-                )
+            own = _own_part(x, row, exists, first, width, CODEC, GROUP, ROWS, CHUNK)
+            value = own
+            for other in tl.static_range(RANKS - 1):  # in rank order, and the own part in its place
+                sender = other + (other >= rank).to(tl.int32)
+                at = _rows_at(parts, sender * stripe + local, row_bytes)
+                part = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
+                if other == 0:
+                    value = tl.where(rank > 1, part, own + part)
+                else:
+                    value += part
+                    value = tl.where(rank == other + 1, value + own, value)
             if WITH_NORM:
                 column = first + tl.arange(0, CHUNK)
                 inside = exists[:, None] & (column < width)[None, :]
@@ -91,8 +113,8 @@ def _add_up(
                 squares += tl.sum(value * value, 1)
             else:
                 _send_sum(
-                    value, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
-                    RANKS, CODEC, GROUP, DTYPE,
+                    value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
+                    RANKS, CODEC, GROUP,
                 )  # fmt: skip
         if WITH_NORM:
             tl.debug_barrier()  # `total` may be read back by other threads
@@ -104,8 +126,8 @@ def _add_up(
                 factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
                 value = value * norm[:, None] * factor[None, :]
                 _send_sum(
-                    value, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
-                    RANKS, CODEC, GROUP, DTYPE,
+                    value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
+                    RANKS, CODEC, GROUP,
                 )  # fmt: skip
 
 
@@ -149,7 +171,7 @@ def bulk_kernel(
     failed, own = error.to(tl.int64), peers[RANKS - 1]
 
     if PHASE <= 0:
-        for step in range(RANKS):
+        for step in range(RANKS - 1):
             _send_parts(
                 x, _peer(peers, step, RANKS) + parts_at, (rank + 1 + step) % RANKS * stripe, rank * stripe,
                 rows, width, halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
@@ -163,19 +185,18 @@ def bulk_kernel(
             wait_for_flag(own + sender * FLAGS + program * 4, epoch, failed, limit, CODE + sender)
         tl.debug_barrier()
         _add_up(
-            residual, weight, total, eps, own + parts_at, peers, sums_at, rank * stripe, residual_row,
+            x, residual, weight, y, total, eps, own + parts_at, peers, sums_at, rank, residual_row,
             rows, width, halves, stripe, row_bytes, scales_at,
-            RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, x.dtype.element_ty, ROWS, CHUNK,
+            RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK,
         )  # fmt: skip
         tl.debug_barrier()
         for step in range(RANKS - 1):
             raise_flag(_peer(peers, step, RANKS) + (RANKS + rank) * FLAGS + program * 4, epoch)
     if PHASE < 0 or PHASE == 2:
-        for step in range(RANKS):
-            sender = (rank + step) % RANKS
-            if step > 0:
-                flag = own + (RANKS + sender) * FLAGS + program * 4
-                wait_for_flag(flag, epoch, failed, limit, CODE + sender)
+        for step in range(RANKS - 1):
+            sender = (rank + 1 + step) % RANKS
+            flag = own + (RANKS + sender) * FLAGS + program * 4
+            wait_for_flag(flag, epoch, failed, limit, CODE + sender)
             tl.debug_barrier()
             _collect(
                 y, own + sums_at, sender * stripe, rows, width, halves, stripe, row_bytes, scales_at,

@@ -76,6 +76,16 @@ def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def decoded(payload, scale, CODEC: tl.constexpr, GROUP: tl.constexpr):
+    """What others decode of a payload (ROWS, CHUNK) and its scales, bit for bit: (ROWS, CHUNK) float32."""
+    x = payload.to(tl.float32)
+    if CODEC != NONE:
+        groups = tl.reshape(x, (x.shape[0], x.shape[1] // GROUP, GROUP)) * scale[:, :, None]
+        x = tl.reshape(groups, x.shape)
+    return x
+
+
+@triton.jit
 def store_quantised(
     at, rows, payload, scale, first, width, halves, scales_at, CODEC: tl.constexpr, GROUP: tl.constexpr
 ):
@@ -115,7 +125,8 @@ def load_decoded(
     inside = rows[:, None] & (column < width)[None, :]
     if CODEC == NONE:
         typed = at.to(tl.pointer_type(DTYPE))
-        x = tl.load(typed[:, None] + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        payload = tl.load(typed[:, None] + column[None, :], mask=inside, other=0.0)
+        scale = payload
     else:
         group = first // GROUP + tl.arange(0, CHUNK // GROUP)
         has_group = rows[:, None] & (group * GROUP < width)[None, :]
@@ -125,14 +136,12 @@ def load_decoded(
             pair = first // 2 + tl.arange(0, CHUNK // 2)
             within = rows[:, None] & (pair < halves)[None, :]
             both = tl.load(at[:, None] + pair[None, :], mask=within, other=0).to(tl.int32)
-            x = tl.join((both << 28) >> 28, (both << 24) >> 28).to(tl.float32)
+            payload = tl.reshape(tl.join((both << 28) >> 28, (both << 24) >> 28), (at.shape[0], CHUNK))
         else:
             raw = tl.load(at[:, None] + column[None, :], mask=inside, other=0)
             KIND: tl.constexpr = tl.float8e4nv if CODEC == FP8 else tl.int8
-            x = raw.to(KIND, bitcast=True).to(tl.float32)
-        x = tl.reshape(x, (at.shape[0], CHUNK // GROUP, GROUP)) * scale[:, :, None]
-        x = tl.reshape(x, (at.shape[0], CHUNK))
-    return x
+            payload = raw.to(KIND, bitcast=True)
+    return decoded(payload, scale, CODEC, GROUP)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -44,12 +44,13 @@ def test_all_ranks_hold_the_bits_of_the_codec_ops(
 
     world, parts = BulkRanks(ranks, 2**20), torch.randn(ranks, rows, width)
     for _ in range(2):
-        outputs = in_phases(
-            ranks,
-            lambda rank, phase, p=parts: bulk_sum(p[rank], codec, group_size, world.memories[rank], phase),
-        )
-        expected = defined_sum(parts, codec, group_size)
-        assert all(torch.equal(output, expected) for output in outputs)
+        y = torch.full_like(parts, torch.nan)
+
+        def call(rank: int, phase: int, x: Tensor = parts, y: Tensor = y) -> None:
+            bulk_sum(x[rank], codec, group_size, world.memories[rank], phase, y[rank])
+
+        in_phases(ranks, call)
+        assert torch.equal(y, defined_sum(parts, codec, group_size).expand_as(y))
         parts = parts.flip(1)
     stripe = -(-rows // ranks)
     programs = min(4, -(-stripe // 4))
@@ -74,12 +75,14 @@ def test_the_owners_add_their_rows_of_the_residual_and_send_the_norm(
         normed = norm.add_rms_norm_reference(None, stream, weight, 1e-5)[0]
         expected = decode_rows(encode_rows(normed, codec, group_size, rows), *layout)
     totals = [torch.full((stripe, width), torch.nan) for _ in range(ranks)]
+    ys = torch.full_like(parts, torch.nan)
 
     def call(rank: int, phase: int) -> Any:
         own = {"whole": residual, "stripe": padded[rank * stripe : (rank + 1) * stripe], "none": None}[given]
         return bulk_sum_add_rms_norm(
-            parts[rank], own, weight, 1e-5, codec, group_size, world.memories[rank], phase, totals[rank]
-        )
+            parts[rank], own, weight, 1e-5, codec, group_size, world.memories[rank], phase, ys[rank],
+            totals[rank],
+        )  # fmt: skip
 
     outputs = in_phases(ranks, call)
     step = {"none": 1e-5, "int8": 0.05, "fp8": 0.4, "int4": 0.8}[codec]
@@ -97,10 +100,13 @@ def test_calls_of_any_shape_and_codec_share_the_regions() -> None:
     for rows, width, codec in [(8, 300, "int8"), (30, 40, "none"), (2, 1030, "int4"), (8, 300, "none")]:
         assert rows <= rows_that_fit(width, torch.float32, codec, 32, world.memories[0])
         parts = torch.randn(2, rows, width)
-        outputs = in_phases(
-            2, lambda rank, phase, p=parts, c=codec: bulk_sum(p[rank], c, 32, world.memories[rank], phase)
-        )
-        assert all(torch.equal(output, defined_sum(parts, codec, 32)) for output in outputs)
+        y = torch.full_like(parts, torch.nan)
+
+        def call(rank: int, phase: int, x: Tensor = parts, y: Tensor = y, codec: str = codec) -> None:
+            bulk_sum(x[rank], codec, 32, world.memories[rank], phase, y[rank])
+
+        in_phases(2, call)
+        assert torch.equal(y, defined_sum(parts, codec, 32).expand_as(y))
 
 
 def test_what_does_not_fit_is_refused() -> None:
