@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.config import Config, build_config
@@ -81,6 +82,15 @@ class Report:
         parts = [", ".join(about), f"`{self._found['command']}`"]
         parts += [part for name, rows in tables.items() for part in (f"**{name}**", _table(rows))]
         return "\n\n".join(parts) + "\n"
+
+
+def agreed(late: bool) -> bool:
+    """What rank 0 says, on all ranks."""
+    if not dist.is_initialized():
+        return late
+    said = [late]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def run(main: Callable[[], Report]) -> None:

@@ -38,6 +38,7 @@ def start_engine(loaded: LoadedModel, cache: StateCache, config: Config) -> Engi
         graphs=Graphs(loaded.device) if mode != "none" and loaded.device.type == "cuda" else None,
         compiled=mode == "compile",
         chunk_tokens=config.prefill.chunk_tokens,
+        overlap_tokens=0 if loaded.tp is None else config.prefill.overlap_tokens,
         wait=_bounded_wait(loaded),
     )
     logger.info("compile: mode %s", mode)

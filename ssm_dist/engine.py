@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +18,8 @@ from torch import Tensor
 from ssm_dist.graphs import Graphs, bucket, buckets
 from ssm_dist.models.batch import RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
-from ssm_dist.packing import Packer, unpacked
+from ssm_dist.packing import Packer, PrefillNumbers, Shape, split, unpacked
+from ssm_dist.parallel.interleaving import Interleaver
 from ssm_dist.sampling.sampler import Sampled, Sampler
 from ssm_dist.scheduler import Chunk, Step
 from ssm_dist.state_cache import StateCache
@@ -58,23 +60,27 @@ class Engine:
         graphs: Graphs | None = None,
         compiled: bool = False,
         chunk_tokens: int = 0,
+        overlap_tokens: int = 0,
         wait: Callable[[torch.cuda.Event], None] = torch.cuda.Event.synchronize,
     ) -> None:
         """vocab_size: columns of the logits that are tokens; those after it are padding.
 
         graphs: captures steps; None runs them as they are. compiled: the decode step goes through
-        torch.compile as a whole. chunk_tokens: the most tokens of a prefill step. wait: returns when an event
-        has happened, or raises.
+        torch.compile as a whole. chunk_tokens: the most tokens of a prefill step. overlap_tokens: a step of
+        so many is worked on in two halves, see `interleaving`; 0: none is. wait: returns when an event has
+        happened, or raises.
         """
         self.model = model
         self.cache = cache
         self.sampler = sampler
         self.graphs = graphs
+        self.overlap_tokens = overlap_tokens
         self._vocab_size = vocab_size
         self._chunk_tokens = chunk_tokens
         self._wait = wait
         self._device = next(model.parameters()).device
         self._state = cache.state
+        self._interleaver = Interleaver(self._device)
         self._packer = Packer(cache.padding_slot, pinned=self._device.type == "cuda")
         rows = cache.max_sequences + 1
         self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
@@ -127,40 +133,59 @@ class Engine:
         They hold until the next step.
         """
         self.cache.zero_taken()
-        tokens = padded = sum(c.length for c in chunks)
-        sequences = len(chunks)
-        if self.graphs is not None:
-            padded = bucket(tokens, max(self._chunk_tokens, tokens), PREFILL_PARTS, PREFILL_STEP)
-            sequences += padded > tokens
-            sequences = 1 << (sequences - 1).bit_length()
-        packed = self._packer.prefill(chunks, padded, sequences)
+        tokens = sum(c.length for c in chunks)
+        half = self._padded(-(-tokens // 2))
+        in_two = half < tokens and 0 < self.overlap_tokens <= tokens
+        parts = [*split(chunks, half)] if in_two else [chunks]
+        shapes = tuple(self._shape(part) for part in parts)
+        packed = self._packer.prefill(parts, shapes)
         if self.graphs is None:
-            return self._prefill(packed.to(self._device), padded, sequences)
+            return torch.cat(self._prefill(packed.to(self._device), shapes))
         hidden: Tensor = self.graphs.run(
-            ("prefill", padded, sequences),
-            lambda inputs: self._prefill_into_place(inputs, padded, sequences),
+            ("prefill", *shapes),
+            lambda inputs: self._prefill_into_place(inputs, shapes),
             packed,
-            lambda: self._packer.prefill([], padded, sequences),
+            lambda: self._packer.prefill([[] for _ in shapes], shapes),
             lazy=True,
         )
-        return hidden[:tokens]
+        return hidden[:tokens]  # the first half is not padded
 
-    def _prefill_into_place(self, packed: Tensor, tokens: int, sequences: int) -> Tensor:
+    def _padded(self, tokens: int) -> int:
+        """The tokens of the captured step that serves so many."""
+        if self.graphs is None:
+            return tokens
+        return bucket(tokens, max(self._chunk_tokens, tokens), PREFILL_PARTS, PREFILL_STEP)
+
+    def _shape(self, chunks: list[Chunk]) -> Shape:
+        """What chunks are padded to."""
+        tokens, sequences = sum(c.length for c in chunks), len(chunks)
+        if self.graphs is None:
+            return Shape(tokens, sequences)
+        padded = self._padded(tokens)
+        sequences += padded > tokens
+        return Shape(padded, 1 << (sequences - 1).bit_length())
+
+    def _prefill_into_place(self, packed: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
         """`_prefill`, its results always in the same memory: each graph would hold its own otherwise."""
-        hidden = self._prefill(packed, tokens, sequences)
+        parts = self._prefill(packed, shapes)
+        tokens = sum(shape.tokens for shape in shapes)
         if self._hidden is None or len(self._hidden) < tokens:
             most = max(tokens, self._chunk_tokens)
-            self._hidden = hidden.new_empty((most, *hidden.shape[1:]))
-        return self._hidden[:tokens].copy_(hidden)
+            self._hidden = parts[0].new_empty((most, *parts[0].shape[1:]))
+        return torch.cat(parts, out=self._hidden[:tokens])
 
-    def _prefill(self, packed: Tensor, tokens: int, sequences: int) -> Tensor:
-        ids, positions, offsets, slots = unpacked(packed, tokens, sequences)
-        batch = RaggedBatch(
-            tokens=ids, seq_offsets=offsets.int(), slots=slots.int(), positions=positions,
-            pages=self.cache.page_table(slots),
+    def _prefill(self, packed: Tensor, shapes: tuple[Shape, ...]) -> list[Tensor]:
+        """The final hidden states of each part."""
+        calls = [partial(self.model, self._batch(part), self._state) for part in unpacked(packed, shapes)]
+        if len(calls) == 1:
+            return [calls[0]()]
+        return [*self._interleaver.run(*calls)]
+
+    def _batch(self, part: PrefillNumbers) -> RaggedBatch:
+        return RaggedBatch(
+            tokens=part.tokens, seq_offsets=part.offsets.int(), slots=part.slots.int(),
+            positions=part.positions, pages=self.cache.page_table(part.slots),
         )  # fmt: skip
-        hidden: Tensor = self.model(batch, self._state)
-        return hidden
 
     def _first_tokens(self, hidden: Tensor, chunks: list[Chunk], ends: list[Chunk]) -> Sampled:
         """Sample what follows the prompts that end in this step."""

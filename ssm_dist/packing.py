@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from ssm_dist.scheduler import Chunk
 
 
 class PrefillNumbers(NamedTuple):
-    """Views of a packed tensor, all int64: the parts of a prefill step."""
+    """Views of a packed tensor, all int64: what a part of a prefill step works on."""
 
     tokens: Tensor
     """(T,)"""
@@ -23,6 +24,18 @@ class PrefillNumbers(NamedTuple):
     """(S,)"""
 
 
+class Shape(NamedTuple):
+    """What a part of a prefill step is padded to."""
+
+    tokens: int
+    sequences: int
+
+    @property
+    def numbers(self) -> int:
+        """How many it takes to say what it works on."""
+        return 2 * self.tokens + 2 * self.sequences + 1
+
+
 class Packer:
     """Packs steps in host memory; for a GPU in pinned memory, whose copies need not be waited for."""
 
@@ -30,28 +43,33 @@ class Packer:
         self._padding_slot = padding_slot
         self._pinned = pinned
 
-    def prefill(self, chunks: list[Chunk], tokens: int, sequences: int) -> Tensor:
-        """Chunks of prompts, padded to so many tokens and sequences.
+    def prefill(self, parts: Sequence[list[Chunk]], shapes: Sequence[Shape]) -> Tensor:
+        """Chunks of prompts, each part padded to its shape.
 
-        The last sequence takes the tokens that pad; they are all in place 0, so that none has a context.
+        A part's last sequence takes the tokens that pad; they are all in place 0, so that none has a context.
         """
-        packed = torch.zeros(2 * tokens + 2 * sequences + 1, dtype=torch.int64, pin_memory=self._pinned)
-        parts, real = unpacked(packed, tokens, sequences), len(chunks)
+        numbers = sum(shape.numbers for shape in shapes)
+        packed = torch.zeros(numbers, dtype=torch.int64, pin_memory=self._pinned)
+        for chunks, views in zip(parts, unpacked(packed, shapes), strict=True):
+            self._fill(views, chunks)
+        return packed
+
+    def _fill(self, views: PrefillNumbers, chunks: list[Chunk]) -> None:
+        """Write chunks into zeros."""
+        real, filled = len(chunks), sum(c.length for c in chunks)
         rows = [(c.start, c.length, c.sequence.slot) for c in chunks]
         starts, lengths, slots = torch.tensor(rows, dtype=torch.int64).view(real, 3).T
         ends = lengths.cumsum(0)
-        filled = sum(c.length for c in chunks)
         if chunks:
-            torch.cat([c.tokens for c in chunks], out=parts.tokens[:filled])
+            torch.cat([c.tokens for c in chunks], out=views.tokens[:filled])
         places = torch.arange(filled) + (starts + lengths - ends).repeat_interleave(lengths)
-        parts.positions[:filled] = places
-        parts.offsets[1 : real + 1] = ends
-        parts.offsets[real + 1 :] = filled
-        if sequences > real:
-            parts.offsets[-1] = tokens
-        parts.slots[:real] = slots
-        parts.slots[real:] = self._padding_slot
-        return packed
+        views.positions[:filled] = places
+        views.offsets[1 : real + 1] = ends
+        views.offsets[real + 1 :] = filled
+        if len(views.slots) > real:
+            views.offsets[-1] = len(views.tokens)
+        views.slots[:real] = slots
+        views.slots[real:] = self._padding_slot
 
     def decode(self, slots: list[int], size: int) -> Tensor:
         """(size,) slots, padded with nobody's."""
@@ -60,6 +78,24 @@ class Packer:
         return packed
 
 
-def unpacked(packed: Tensor, tokens: int, sequences: int) -> PrefillNumbers:
+def unpacked(packed: Tensor, shapes: Sequence[Shape]) -> list[PrefillNumbers]:
     """The parts of what `Packer.prefill` packed, wherever it is now."""
-    return PrefillNumbers(*packed.split([tokens, tokens, sequences + 1, sequences]))
+    parts = packed.split([shape.numbers for shape in shapes])
+    return [
+        PrefillNumbers(*part.split([tokens, tokens, sequences + 1, sequences]))
+        for part, (tokens, sequences) in zip(parts, shapes, strict=True)
+    ]
+
+
+def split(chunks: list[Chunk], tokens: int) -> tuple[list[Chunk], list[Chunk]]:
+    """The first so many tokens of some chunks, and the rest: a chunk between them goes into both."""
+    first: list[Chunk] = []
+    rest: list[Chunk] = []
+    for chunk in chunks:
+        here = min(chunk.length, tokens)
+        tokens -= here
+        if here:
+            first.append(chunk._replace(length=here))
+        if here < chunk.length:
+            rest.append(chunk._replace(start=chunk.start + here, length=chunk.length - here))
+    return first, rest

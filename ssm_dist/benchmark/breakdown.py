@@ -7,7 +7,8 @@ others have the case's own, or as much of it as lets one step read all prompts, 
 On a GPU, a kernel counts as a reduction by its name (NCCL's and our own over shared memory; the norm that
 some of them include, and the wait for slower ranks, are part of it). While several kernels run at a time, as
 under dependent launch, where one starts early and waits, the time is of the one that began first: a kernel's
-time is what it adds. Profiled steps are slower than others, kernels in captured graphs above all, so kernel
+time is what it adds. A long sum beside the compute of the other half of a step comes last: its time is what
+it takes alone. Profiled steps are slower than others, kernels in captured graphs above all, so kernel
 times are an upper bound, and their shares are what to read.
 On a CPU the profiler tells the time in gloo's collectives, waiting included, and nothing of kernels.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ REDUCTION_KERNELS = (
     "ncclDevKernel_SendRecv", "_push_sum", "bulk_kernel", "_encode_kernel", "_sum_kernel", "_decode_kernel",
 )  # fmt: skip
 """How the names of kernels begin that reduce between ranks, the exchange's codecs among them."""
+BESIDE_OTHERS = ("bulk_kernel",)
+"""And of those that the other half of a step may run beside."""
 REDUCTION_OPS = ("gloo:all_reduce", "gloo:all_gather", "gloo:all_to_all")
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")
 """How the names of calls begin that start a kernel or a graph."""
@@ -155,9 +158,26 @@ def profile_of_gpu(events: Iterable[Any], *, after_barrier: bool) -> Profile:
     return Profile([(name, time / 1e6) for name, time in own_times(spans[barrier + 1 :])], launches)
 
 
-def own_times(spans: Iterable[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
-    """Of (begin, end, name) in order: what each adds to the time in which any of them runs."""
-    reached = float("-inf")
+def own_times(spans: Sequence[tuple[float, float, str]]) -> Iterator[tuple[str, float]]:
+    """Of (begin, end, name) in order: what each adds to the time in which any of them runs.
+
+    What may run beside others is last in adding: its time is when nothing else runs.
+    """
+    others = [(begin, end) for begin, end, name in spans if not name.startswith(BESIDE_OTHERS)]
+    beside, reached = float("-inf"), float("-inf")
+    ahead = 0
     for begin, end, name in spans:
-        yield name, max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
+        if not name.startswith(BESIDE_OTHERS):
+            yield name, max(0.0, end - max(begin, reached))
+            reached = max(reached, end)
+            continue
+        start, own = max(begin, reached, beside), 0.0
+        while ahead < len(others) and others[ahead][0] < begin:
+            ahead += 1
+        for other_begin, other_end in others[ahead:]:
+            if other_begin >= end:
+                break
+            own += max(0.0, other_begin - start)
+            start = max(start, other_end)
+        yield name, own + max(0.0, end - start)
+        beside = max(beside, end)

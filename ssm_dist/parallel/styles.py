@@ -23,6 +23,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
 )
+from ssm_dist.parallel.interleaving import begin_waiting, beside
 from ssm_dist.parallel.mesh import TensorParallel
 
 
@@ -151,12 +152,17 @@ class ReduceAddNorm(Style):
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         group, degree, wire = tp.group, tp.degree, tp.reductions.branch
+        how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             weight, eps = weight_of(module), cast(HasEpsilon, module).eps
-            how = (wire.codec, wire.group_size, wire.algorithm)
             if branch is None:
                 return add_rms_norm(None, residual, weight, eps)
+            return beside(lambda: reduced(branch, residual, weight, eps), group)
+
+        def reduced(
+            branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+        ) -> tuple[Tensor, Tensor]:
             if self.may_split and residual is not None and splits_residual(branch, group, *how):
                 return tp_all_reduce_add_rms_norm_split(branch, residual, weight, eps, group, degree, *how)
             if sums_in_place(branch, group, *how):
@@ -172,12 +178,12 @@ class ReduceAdd(Style):
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         group, wire = tp.group, tp.reductions.branch
+        how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
             if branch is None:
                 return residual
-            how = (wire.codec, wire.group_size, wire.algorithm)
-            return residual + tp_all_reduce_spent(branch, group, *how)
+            return beside(lambda: residual + tp_all_reduce_spent(branch, group, *how), group)
 
         module.forward = forward
 
@@ -199,14 +205,16 @@ class HeadwiseReduce(Style):
         return f"has {heads} heads, which ranks cannot share evenly"
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        span = self._span(module, tp.degree)
-        if span > 1:
-            group, wire = tp.subgroup(span), tp.reductions.x_proj
-            module.register_forward_hook(
-                lambda _module, _inputs, output: tp_all_reduce_spent(
-                    output, group, wire.codec, wire.group_size, wire.algorithm
-                )
-            )
+        span, wire = self._span(module, tp.degree), tp.reductions.x_proj
+        how = (wire.codec, wire.group_size, wire.algorithm)
+        group = tp.subgroup(span) if span > 1 else None
+
+        def after(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
+            total = output if group is None else tp_all_reduce_spent(output, group, *how)
+            begin_waiting()  # the scan follows
+            return total
+
+        module.register_forward_hook(after)
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         span = self._span(module, degree)

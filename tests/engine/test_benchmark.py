@@ -182,6 +182,15 @@ def test_a_kernel_has_the_time_that_it_adds():
     assert list(own_times(spans)) == [("gemm", 2.0), ("scan", 1.0), ("copy", 0.0), ("gemm", 1.0)]
 
 
+def test_a_sum_beside_the_other_half_has_the_time_that_it_takes_alone():
+    spans = [(0.0, 2.0, "gemm"), (1.0, 6.0, "bulk_kernel"), (3.0, 4.0, "scan"), (5.0, 5.5, "gemm"),
+             (7.0, 9.0, "bulk_kernel"), (8.0, 12.0, "scan")]  # fmt: skip
+    assert list(own_times(spans)) == [
+        ("gemm", 2.0), ("bulk_kernel", 1.0 + 1.0 + 0.5), ("scan", 1.0), ("gemm", 0.5),
+        ("bulk_kernel", 1.0), ("scan", 4.0),
+    ]  # fmt: skip
+
+
 def test_what_the_profiler_saw_before_the_ranks_set_out_does_not_count():
     def event(device: DeviceType, name: str, start: float, end: float) -> Any:
         time_range = SimpleNamespace(start=start, end=end)

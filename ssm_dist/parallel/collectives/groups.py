@@ -6,6 +6,7 @@ import atexit
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
+import torch
 import torch.distributed as dist
 
 if TYPE_CHECKING:
@@ -32,6 +33,14 @@ class Group:
     """What its GPUs share, once it is open; see `shared`."""
     outgrown: list[SharedMemory] = field(default_factory=list)
     """What they shared before, for shorter messages: steps captured then still use it."""
+    in_flight: torch.cuda.Event | None = None
+    """The end of a reduction on another stream, which the next one has to wait for."""
+
+    def next_call(self) -> None:
+        """Count a reduction that is about to start; on the current stream it comes after all earlier ones."""
+        self.calls += 1
+        if self.in_flight is not None:
+            torch.cuda.current_stream().wait_event(self.in_flight)
 
 
 _groups: dict[str, Group] = {}

@@ -36,7 +36,7 @@ def tp_all_reduce(
     ranks = group_named(group)
     if ranks.size == 1 or x.numel() == 0:
         return x.clone(memory_format=torch.contiguous_format)
-    ranks.calls += 1
+    ranks.next_call()
     rows = x.reshape(-1, x.shape[-1] if x.dim() else 1)
     return _reduced(rows, ranks, codec, group_size, algorithm, "all-reduce").view(x.shape)
 
@@ -61,7 +61,7 @@ def tp_all_reduce_add_rms_norm(
     ranks, name = group_named(group), "all-reduce with norm"
     if ranks.size == 1 or partial.numel() == 0:
         return add_rms_norm(partial.clone(), residual, weight, eps)
-    ranks.calls += 1
+    ranks.next_call()
     if ranks.memory is not None and partial.dtype == weight.dtype:
         chosen = _chosen(ranks, partial, codec, group_size, algorithm, with_norm=True)
         if chosen not in ON_THE_PROCESS_GROUP:
@@ -92,7 +92,7 @@ def tp_all_reduce_add_rms_norm_split(
     """
     ranks = group_named(group)
     assert ranks.size == degree
-    ranks.calls += 1
+    ranks.next_call()
     if _chosen(ranks, partial, codec, group_size, algorithm, with_norm=True) == "bulk":
         assert ranks.memory is not None
         return ranks.memory.split_add_rms_norm(partial, residual, weight, eps, codec, group_size)
@@ -123,7 +123,7 @@ def tp_all_reduce_spent(
         total: Tensor = tp_all_reduce(x, group, *how)
         return total
     ranks = group_named(group)
-    ranks.calls += 1
+    ranks.next_call()
     return all_reduce(x, Call.of(ranks, "all-reduce", x), in_place=True)
 
 

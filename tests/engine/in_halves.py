@@ -1,0 +1,56 @@
+"""What the ranks of `test_steps_in_halves` run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ssm_dist import LLM, SamplingParams
+
+PROMPTS: list[Any] = [[(5 * i + j) % 90 for j in range(n)] for i, n in enumerate((9, 9, 40, 1, 3, 25, 2))]
+PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=0)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Of one model on one rank: tokens and log-probabilities."""
+
+    whole: list[tuple[list[int], list[float]]]
+    """By steps that are not halved."""
+    in_turns: list[tuple[list[int], list[float]]]
+    after_each_other: list[tuple[list[int], list[float]]]
+    """By the same halves, the second begun after the end of the first."""
+    pairs: int
+    """Steps that were halved."""
+
+
+def answers(folders: dict[str, Path]) -> dict[str, Answers]:
+    """Of every model."""
+    return {name: _answers(folder) for name, folder in folders.items()}
+
+
+def _answers(folder: Path) -> Answers:
+    pairs = 0
+
+    def one_by_one(first: Any, second: Any) -> Any:
+        nonlocal pairs
+        pairs += 1
+        return first(), second()
+
+    whole = _generated(_load(folder, 0))
+    llm = _load(folder, 6)
+    in_turns = _generated(llm)
+    llm.engine._interleaver.run = one_by_one  # type: ignore[method-assign]
+    return Answers(whole, in_turns, _generated(llm), pairs)
+
+
+def _load(folder: Path, overlap_tokens: int) -> LLM:
+    return LLM.from_pretrained(
+        folder, cache={"max_sequences": 4, "max_tokens": 512},
+        prefill={"chunk_tokens": 18, "overlap_tokens": overlap_tokens},
+    )  # fmt: skip
+
+
+def _generated(llm: LLM) -> list[tuple[list[int], list[float]]]:
+    return [(c.token_ids, c.logprobs) for c in llm.generate(PROMPTS, PARAMS)]

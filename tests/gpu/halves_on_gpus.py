@@ -1,0 +1,42 @@
+"""What every rank does for `test_halves`; here, so that ranks need not import transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ssm_dist import LLM, SamplingParams
+
+PROMPTS: list[Any] = [[(5 * i + j) % 50 for j in range(n)] for i, n in enumerate((900, 300, 40, 1, 700, 83))]
+PARAMS = SamplingParams(max_new_tokens=3, ignore_eos=True, logprobs=0)
+TIMES = 4
+"""A step is captured when it comes for the second time, and replayed after that."""
+
+Answers = list[tuple[list[int], list[float]]]
+
+
+def answers(folders: dict[str, Path], algorithm: str) -> dict[str, dict[str, list[Answers]]]:
+    """By model and way of running its halves: the same answers several times."""
+    return {name: _answers(folder, algorithm) for name, folder in folders.items()}
+
+
+def _answers(folder: Path, algorithm: str) -> dict[str, list[Answers]]:
+    after_each_other = _load(folder, algorithm, "none")
+    after_each_other.engine._interleaver.run = lambda first, second: (first(), second())  # type: ignore[method-assign,assignment]
+    loaded = {
+        "after each other": after_each_other,
+        "in turns": _load(folder, algorithm, "none"),
+        "captured": _load(folder, algorithm, "capture"),
+    }
+    return {
+        way: [[(c.token_ids, c.logprobs) for c in llm.generate(PROMPTS, PARAMS)] for _ in range(TIMES)]
+        for way, llm in loaded.items()
+    }
+
+
+def _load(folder: Path, algorithm: str, mode: str) -> LLM:
+    return LLM.from_pretrained(
+        folder, kernels={"backend": "triton"}, compile={"mode": mode}, reduction={"algorithm": algorithm},
+        prefill={"chunk_tokens": 512, "overlap_tokens": 128},
+        cache={"max_sequences": 6, "max_tokens": 4096},
+    )  # fmt: skip

@@ -1,0 +1,32 @@
+"""Steps in two halves, whose sums run on a second stream: bits of the same halves one after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine.checkpoints import save_checkpoint
+from tests.gpu.halves_on_gpus import TIMES, answers
+from tests.ranks import run_on_ranks
+
+GPUS = torch.cuda.device_count()
+pytestmark = pytest.mark.gpu
+NAMES = ["mamba", "falcon_mamba", "zamba"]
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "bulk", "process_group"])
+@pytest.mark.parametrize("degree", [2, 4])
+def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
+    degree: int, algorithm: str, tmp_path: Path
+) -> None:
+    if degree > GPUS:
+        pytest.skip(f"needs {degree} GPUs")
+    folders = {name: save_checkpoint(name, tmp_path / name) for name in NAMES}
+    found = run_on_ranks(degree, answers, folders, algorithm, device="cuda", timeout=200.0)
+    for name in NAMES:
+        expected = found[0][name]["after each other"][0]
+        for rank in found:
+            assert all(again == expected for way in rank[name].values() for again in way)
+            assert all(len(way) == TIMES for way in rank[name].values())
