@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,11 +28,7 @@ class Form:
     registers: int | None = None
     """Most registers a thread, which also makes the compiler use so many."""
     cut: int = 0
-    """Tokens that the first chunk of a sequence is shorter by; not chosen before it has been measured."""
-    whole: int = 0
-    """Of the channels of a sequence, with chunks: those of so many programs stay whole. Not chosen either."""
-    early: bool = False
-    """With stages: the first tiles are copied before what else a program begins with. Not chosen either."""
+    """Tokens that the first chunk of a sequence is shorter by: it is scanned while others are summarised."""
 
 
 def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:
@@ -50,38 +48,46 @@ STREAMED = True
 """Whether inputs that can be read 16 bytes at a time are."""
 SCHEDULERS = 528
 """132 multiprocessors with four each, and a special-function unit to each scheduler."""
-LATENCY, SHARE = 15, 51
-"""Nanoseconds a token, and for each warp of a scheduler's: H100, whole sequences with 1, 2 and 5 warps."""
-IN_CHUNKS = (72, 126, 190, 216, 268)
+LATENCY, SHARE = 15, 50
+"""Nanoseconds a token, and for each warp of a scheduler's: H100, whole sequences with 1, 2, 3, 5, 8 warps."""
+IN_CHUNKS = (75, 112, 174, 209, 249)
 """Nanoseconds a token of sequences in chunks, with at most 1, 2, ... warps a scheduler: H100."""
-SUMMARY, FOLD = 0.85, 1.0
-"""In tokens: one without output, and what folding a summary into a state takes."""
-STARTS = 8000
-"""Nanoseconds for two passes to get under way, beyond one."""
-LONG, MANY = 4096, 2 * SCHEDULERS
-"""Tokens, and warps, from which more tiles ahead pay for the longer start."""
+STARTS, FOLD = 4750, 1.5
+"""Nanoseconds for two passes to get under way, beyond one; folding a summary into a state, in tokens."""
+SUMMARY = 0.85
+"""Of a token's time, one without output. With the most warps a scheduler, cutting by it gained nothing."""
+FEWEST = 7
+"""Chunks of a sequence, where schedulers have several warps: fewer took up to a fifth longer than that."""
+SHORTEST_STREAMED = 128
+"""Tokens of the shortest chunk."""
 ENOUGH, SHORTEST = 3800, 160
 """Warps in all chunks, and tokens of the shortest chunk, where loads go into registers."""
-SHORTEST_STREAMED = 128
-"""Tokens of the shortest chunk otherwise."""
 
 
-def _whole(tokens: float, warps: int) -> float:
-    """Nanoseconds for sequences of so many tokens; a scheduler with one warp more holds up all others."""
-    return tokens * (LATENCY + SHARE * math.ceil(warps / SCHEDULERS))
+def cut_up(length: int, parts: int) -> tuple[int, int]:
+    """Tokens of a chunk, and of these the first chunk's fewer, for its scan to take as long as a summary."""
+    chunk = 8 * math.ceil(length / (8 * (parts - 1 + SUMMARY)))
+    return chunk, int((1 - SUMMARY) * chunk) // 8 * 8
 
 
-def _two_passes(chunk: int, chunks: int, warps: int) -> float:
-    """Nanoseconds for sequences in so many chunks; warps: of one chunk of all sequences.
+def even(length: int, parts: int) -> tuple[int, int]:
+    """The same, of chunks that are as long as each other."""
+    return 8 * -(-length // (8 * parts)), 0
 
-    Either pass has all chunks but one, and the first scans one of them. Infinite where they are not all at
-    work at once.
+
+def _in_chunks(length: int, warps: int) -> Iterator[tuple[float, Form]]:
+    """Forms in two passes, either with all chunks of a sequence but one, and nanoseconds by `IN_CHUNKS`.
+
+    warps: of one chunk of all sequences. Only forms whose warps are all at work at once.
     """
-    share = math.ceil(warps * (chunks - 1) / SCHEDULERS)
-    if share > len(IN_CHUNKS):
-        return math.inf
-    first = chunk * (1 + SUMMARY * (chunks - 2)) / (chunks - 1)
-    return STARTS + (first + chunk + FOLD * chunks) * IN_CHUNKS[share - 1]
+    for parts in range(3, length // SHORTEST_STREAMED + 1):
+        share = math.ceil(warps * (parts - 1) / SCHEDULERS)
+        if share > len(IN_CHUNKS):
+            return
+        if share == 1 or parts >= FEWEST:
+            chunk, cut = (cut_up if share < len(IN_CHUNKS) else even)(length, parts)
+            cost = STARTS + (2 * chunk - cut + FOLD * parts) * IN_CHUNKS[share - 1]
+            yield cost, Form(chunk, 1, 1, 1, 4, None, cut)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -91,11 +97,6 @@ def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
     if not (streams and STREAMED):
         chunks = min(ENOUGH // warps, length // SHORTEST)
         return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
-    best, form = _whole(length, warps), Form(0, 1, 1, 1, 6 if length >= LONG and warps > MANY else 4, 96)
-    # with more warps than schedulers, no chunks that were measured are faster than whole sequences
-    for parts in range(3, min(length // SHORTEST_STREAMED, 128) + 1) if warps <= SCHEDULERS else ():
-        chunk = 16 * -(-length // (16 * parts))
-        cost = _two_passes(chunk, -(-length // chunk), warps)
-        if cost < best:
-            best, form = cost, Form(chunk, 1, 1, 1, 4)
-    return form
+    # a scheduler with one warp more than others holds them all up
+    whole = length * (LATENCY + SHARE * math.ceil(warps / SCHEDULERS)), Form(0, 1, 1, 1, 4, 96)
+    return min([whole, *_in_chunks(length, warps)], key=operator.itemgetter(0))[1]

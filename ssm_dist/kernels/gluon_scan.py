@@ -8,10 +8,6 @@ last (end state from a zero start, sum of dt); the second folds the summaries be
 state, and scans it. The second starts while the first ends (`dependent_launch`): all else that it reads was
 there before the first, which is launched in the ordinary way.
 
-Where sequences x channels give some schedulers a warp more than others, some channels stay whole, the same
-number of warps on each, and the others are cut into chunks. Whole ones go with the second pass, which then
-starts when the first is over: they are to find all schedulers free.
-
 Programs without work are the last of a launch: among the others, they would leave multiprocessors uneven.
 """
 
@@ -26,7 +22,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_form import Form
-from ssm_dist.kernels.gluon_stream import open_stream, stream
+from ssm_dist.kernels.gluon_stream import stream
 from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
 
 
@@ -104,14 +100,13 @@ def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
 @gluon.jit
 def _advance(
     s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens, N: gl.constexpr,
-    HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr, EARLY: gl.constexpr,
-    OUTPUT: gl.constexpr,
+    HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
     if STAGES:
-        opened = sources
-        if not EARLY:
-            opened = open_stream(sources, rows, lane[2], group_channels, tokens, OUTPUT, STAGES, OUTPUT)
-        s, passed = stream(s, A, opened, y, y_row, bias, skip, lane, tokens, HALF, STAGES, EXTRA, OUTPUT)
+        s, passed = stream(
+            s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
+            HALF, STAGES, EXTRA, OUTPUT,
+        )  # fmt: skip
     else:
         s, passed = advance(
             s, A, sources, rows, y, y_row, bias, skip, lane, tokens, N, HALF, DEPTH, EXTRA, OUTPUT
@@ -119,39 +114,28 @@ def _advance(
     return s, passed
 
 
-@gluon.jit(do_not_specialize=["sequences", "items", "chunk", "cut", "whole", "group_blocks"])
+@gluon.jit(do_not_specialize=["sequences", "items", "chunk", "cut", "group_blocks"])
 def scan_kernel(
     x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, ends, sums,
-    sequences, items, chunk, cut, whole, channels, group_channels, group_blocks,
+    sequences, items, chunk, cut, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, WARPS: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr,
-    STAGES: gl.constexpr, EARLY: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr,
-    WHOLE: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program: an item, 16 channels of a group a warp. Summaries: ends (items, D, N), sums (items, D)."""
     LANES: gl.constexpr = lanes(WARPS)
     HALF: gl.constexpr = y.dtype.element_ty == gl.float16
     blocks = group_blocks * (channels // group_channels)
-    program = gl.program_id(0)
-    item = program // blocks
-    block = program % blocks
+    item = gl.program_id(0) // blocks
+    block = gl.program_id(0) % blocks
+    group = block // group_blocks
     sequence = item
     place = 0
-    complete = False
     if CHUNKED:
-        if SECOND and WHOLE:  # those come first
-            complete = program < sequences * whole
-            program = gl.where(complete, program, program - sequences * whole)
-        item = program // (blocks - whole)
-        block = whole + program % (blocks - whole)
         sequence, place = _find_item(seq_offsets, sequences, item, chunk, cut)
         if not SECOND:  # after the chunks, sequences that are one, and empty ones
             sequence = gl.where(item < items, sequence, item - items)
             place = gl.where(item < items, place, 0)
-        elif WHOLE and complete:
-            sequence = program // whole
-            block = program % whole
-    group = block // group_blocks
     first = gl.load(seq_offsets + sequence)
     last = gl.load(seq_offsets + sequence + 1)
     begin = first
@@ -161,9 +145,6 @@ def scan_kernel(
         shifted = first - cut + (place + 1 if SECOND else place) * chunk
         begin = gl.maximum(shifted, first)
         end = gl.minimum(shifted + chunk, last)
-        if WHOLE and complete:
-            begin = first
-            end = last
         idle = begin >= last
         if not SECOND:
             idle = idle | ((end == last) != (item >= items))
@@ -192,10 +173,6 @@ def scan_kernel(
         B + token * B_row + group * B_group,
         C + token * C_row + group * C_group,
     )
-    if STAGES and EARLY:
-        sources = open_stream(
-            sources, rows, start, group_channels, tokens, begin == first, STAGES, SECOND or not CHUNKED
-        )
     if not STAGES:
         sources = (
             x + token * x_row + (i * x_row + channel),
@@ -227,7 +204,7 @@ def scan_kernel(
             s = _load_states(state, inside, N)
             s, passed = _advance(
                 s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
-                N, HALF, DEPTH, EXTRA, STAGES, EARLY, True,
+                N, HALF, DEPTH, EXTRA, STAGES, True,
             )  # fmt: skip
             if end == last:
                 _store_states(state, s, inside, N)
@@ -239,7 +216,7 @@ def scan_kernel(
                 s += (gl.zeros_like(A[k]),)
             s, passed = _advance(
                 s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
-                N, HALF, DEPTH, EXTRA, STAGES, EARLY, False,
+                N, HALF, DEPTH, EXTRA, STAGES, False,
             )  # fmt: skip
             _store_states(ends, s, inside, N)
             for b in gl.static_range(2):
@@ -247,20 +224,17 @@ def scan_kernel(
                 gl.store(sums + b, half + shuffle(half, "bfly", 2), mask=inside & (i == 0))
     else:
         if SECOND:
-            if WHOLE and complete:
-                s = _load_states(state, inside, N)
-            else:
-                if PDL:
-                    gdc_wait()
-                s = _fold(
-                    ends - place.to(gl.int64) * channels * N, sums - place.to(gl.int64) * channels, place + 1,
-                    A, inside, channels, N,
-                )  # fmt: skip
+            if PDL:
+                gdc_wait()
+            s = _fold(
+                ends - place.to(gl.int64) * channels * N, sums - place.to(gl.int64) * channels, place + 1,
+                A, inside, channels, N,
+            )  # fmt: skip
         else:
             s = _load_states(state, inside, N)
         s, passed = _advance(
             s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
-            N, HALF, DEPTH, EXTRA, STAGES, EARLY, True,
+            N, HALF, DEPTH, EXTRA, STAGES, True,
         )  # fmt: skip
         if end == last:
             _store_states(state, s, inside, N)
@@ -279,19 +253,16 @@ def scan(
     group_blocks = triton.cdiv(channels // groups, 16 * form.warps)
     if not tokens:
         return y
-    dependent = launch_options(x.device) if form.chunk and not form.whole else {"PDL": False}
-    blocks = groups * group_blocks
-    for second in (False, True) if items or form.whole else (False,):
-        programs = (items if second else items + sequences) * (blocks - form.whole)
+    dependent = launch_options(x.device) if form.chunk else {"PDL": False}
+    for second in (False, True) if items else (False,):
         launch = dependent if second else {"PDL": dependent["PDL"]}  # the second pass alone starts early
         with torch.cuda.device_of(x):
-            scan_kernel[(programs + second * sequences * form.whole,)](
+            scan_kernel[((items if second else items + sequences) * groups * group_blocks,)](
                 x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, ends, sums,
-                sequences, items, form.chunk, form.cut, form.whole, channels, channels // groups,
-                group_blocks, x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0),
-                C.stride(1), state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
-                STAGES=form.stages, EARLY=form.early, CHUNKED=form.chunk > 0, SECOND=second,
-                WHOLE=second and form.whole > 0, num_warps=form.warps, maxnreg=form.registers,
-                enable_fp_fusion=True, **launch,
+                sequences, items, form.chunk, form.cut, channels, channels // groups, group_blocks,
+                x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
+                state.stride(0), N=states, WARPS=form.warps, DEPTH=form.depth, EXTRA=form.extra,
+                STAGES=form.stages, CHUNKED=form.chunk > 0, SECOND=second,
+                num_warps=form.warps, maxnreg=form.registers, enable_fp_fusion=True, **launch,
             )  # fmt: skip
     return y

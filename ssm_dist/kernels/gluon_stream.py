@@ -133,13 +133,11 @@ def _onward(pointers, steps):
 
 
 @gluon.jit
-def open_stream(
-    sources, rows, start, group_channels, tokens, output, STAGES: gl.constexpr, ALL: gl.constexpr
-):  # fmt: skip
+def _open(sources, rows, start, group_channels, tokens, STAGES: gl.constexpr, OUTPUT: gl.constexpr):
     """Start copying the first tiles, from sources: pointers to x, dt, z of the first token and group, B, C.
 
     A tile in shared memory, in words of two numbers: x of eight tokens, then dt; B, then C in the order in
-    which lanes want its tokens, 0, 4, 1, 5, 2, 6, 3, 7; and z. Unless output or ALL, C and z are zeros.
+    which lanes want its tokens, 0, 4, 1, 5, 2, 6, 3, 7; and z. C and z only for an OUTPUT.
     """
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     word = gl.arange(0, 128, gl.BlockedLayout([4], [32], [1], [0]))
@@ -171,28 +169,30 @@ def open_stream(
     filled = (token, gl.where(second, C_token, token), gate_word // 8)
     channels = (
         start + word // 4 % 2 * 8 < group_channels,
-        word >= 0 if ALL else (word < 64) | output,
-        start + gate_word // 4 % 2 * 8 < (group_channels if ALL else gl.where(output, group_channels, 0)),
+        word >= 0 if OUTPUT else word < 64,
+        start + gate_word // 4 % 2 * 8 < group_channels,
     )
     inputs = gl.allocate_shared_memory(gl.int32, [STAGES, 128], FLAT)
     matrices = gl.allocate_shared_memory(gl.int32, [STAGES, 128], FLAT)
     gates = gl.allocate_shared_memory(gl.int32, [STAGES, 64], FLAT)
     buffers = (inputs, matrices, gates)
     for k in gl.static_range(STAGES - 1):
-        _fill(k, buffers, pointers, filled, channels, tokens - 8 * k, True)
+        _fill(k, buffers, pointers, filled, channels, tokens - 8 * k, OUTPUT)
         pointers = _onward(pointers, steps)
     return buffers, pointers, steps, filled, channels
 
 
 @gluon.jit
 def stream(
-    s, A, opened, y, y_row, bias, skip, lane, tokens,
+    s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
     HALF: gl.constexpr, STAGES: gl.constexpr, EXTRA: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """As `gluon_warp.advance`, from what `open_stream` began with the same number of tokens."""
+    """As `gluon_warp.advance`, from pointers to x, dt and z of the first token and group, B and C."""
     LANES: gl.constexpr = lanes(1)
-    _, i, _, inside = lane
-    buffers, pointers, steps, filled, channels = opened
+    _, i, start, inside = lane
+    buffers, pointers, steps, filled, channels = _open(
+        sources, rows, start, group_channels, tokens, STAGES, OUTPUT
+    )
     inputs, matrices, gates = buffers
     zero = gl.zeros_like(bias[0])
     passed = (zero, zero)

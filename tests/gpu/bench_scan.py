@@ -3,7 +3,7 @@
 Every form is checked against float64 on some channels, and for equal bits from run to run, in memory filled
 with NaN; then timed by CUDA graphs that rotate over input sets larger than the L2 cache, against mamba-ssm
 where it is installed. `--seconds` bounds the run: the results are written after each shape, and a second run
-with the same file measures what is missing. `--forms 256,1,1,0,4,0,0,0,0 ...` adds forms (`Form`'s fields in
+with the same file measures what is missing. `--forms 256,1,1,0,4,0,0 ...` adds forms (`Form`'s fields in
 their order), `--shapes 8x8192x5120 ...` takes only some; `--out FOLDER` adds the chosen forms to the
 report there. `--once 8x8192x5120` runs one form three times, for a profiler.
 """
@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import sys
 import time
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from benchmarks.joined_report import circumstances
 from ssm_dist.kernels import gluon_form, gluon_scan, triton_scan
-from ssm_dist.kernels.gluon_form import Form
+from ssm_dist.kernels.gluon_form import Form, cut_up, even
 from ssm_dist.provenance import command
 from tests.gpu.scan_report import report
 
@@ -102,18 +101,8 @@ def name_of(form: Form) -> str:
 
 
 def parsed(form: str) -> Form:
-    *fields, registers, cut, whole, early = (int(n) for n in form.split(","))
-    return Form(*fields, registers or None, cut, whole, bool(early))
-
-
-def chunks_of(length: int, parts: int) -> int:
-    return 8 * -(-length // (8 * parts))
-
-
-def cut_up(length: int, parts: int) -> tuple[int, int]:
-    """Tokens of a chunk, and by how many the first is shorter: it is scanned while others are summarised."""
-    chunk = 8 * math.ceil(length / (8 * (parts - 1 + gluon_form.SUMMARY)))
-    return chunk, int((1 - gluon_form.SUMMARY) * chunk) // 8 * 8
+    *fields, registers, cut = (int(n) for n in form.split(","))
+    return Form(*fields, registers or None, cut)
 
 
 def chosen_form(shape: Shape, streams: bool = True) -> Form:
@@ -125,22 +114,18 @@ def forms_for(shape: Shape) -> list[Form]:
     """The chosen form, those that differ from it in one thing, and chunks for 1 to 5 warps a scheduler."""
     sequences, length, channels = shape
     chosen, warps = chosen_form(shape), sequences * -(-channels // 16)
-    whole, cut = Form(0, 1, 1, 1, chosen.stages, 96), dataclasses.replace(chosen, registers=None)
+    forms = [chosen]
+    if chosen.chunk:
+        parts = -(-(length + chosen.cut) // chosen.chunk)
+        divisions = [divide(length, parts + more) for more in (-1, 0, 1) for divide in (cut_up, even)]
+        forms += [dataclasses.replace(chosen, registers=most) for most in (96, 112)]
+        forms += [dataclasses.replace(chosen, chunk=chunk, cut=cut) for chunk, cut in divisions]
+    else:
+        forms += [dataclasses.replace(chosen, stages=stages) for stages in (6, 8)]
     full = [int(share * gluon_form.SCHEDULERS / warps) + 1 for share in (1, 2, 3, 4, 5, 9)]
     chunks = [cut_up(length, parts) for parts in full if 3 <= parts <= length // 64]
-    forms = [chosen, dataclasses.replace(chosen, early=True)]
-    if chosen.chunk:
-        forms += [dataclasses.replace(chosen, registers=most) for most in (96, 112)]
-        uncut = chunks_of(length, -(-(length + chosen.cut) // chosen.chunk))
-        forms += [dataclasses.replace(chosen, chunk=uncut, cut=0)]
-    else:
-        forms += [dataclasses.replace(chosen, stages=stages) for stages in (4, 6, 8)]
-    forms += [dataclasses.replace(cut, chunk=n, cut=less, stages=4) for n, less in chunks]
-    blocks = warps // gluon_form.SCHEDULERS * gluon_form.SCHEDULERS // sequences
-    if blocks and blocks * sequences < warps:  # as many channels whole as give every scheduler the same
-        pieces = [cut_up(length, parts) for parts in (4, 5, 9)]
-        forms += [Form(n, 1, 1, 1, 4, 112, less, blocks) for n, less in pieces]
-    forms += [whole] if sequences * channels > 4000 else []
+    forms += [Form(chunk, 1, 1, 1, 4, None, cut) for chunk, cut in chunks]
+    forms += [Form(0, 1, 1, 1, 4, 96)] if sequences * channels > 4000 else []
     return list(dict.fromkeys(forms))
 
 
@@ -220,7 +205,7 @@ def mamba_ssm(shape: Shape, copies: int) -> float | None:
 
 
 EDGES: list[tuple[dict[str, Any], list[Form]]] = [
-    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, 16, 5, True)]),
+    ({"channels": 1296, "groups": 2}, [Form(0, 1, 1, 0, 4, 96), Form(112, 1, 1, 1, 4, None, 16)]),
     ({"channels": 1280, "dtype": torch.float16}, [Form(0, 1, 1, 0, 4, 96)]),
 ]
 """Right or wrong, on ragged sequences, without times."""

@@ -47,8 +47,7 @@ def test_forms_of_ragged_batches(form: tuple[int, ...], channels: int, groups: i
         (0, 1, 1, 2, 6, None),
         (112, 1, 1, 1, 4, None, 16),
         (16, 1, 1, 0, 5, 96),
-        (64, 1, 1, 1, 4, None, 8, 0, True),
-        (112, 1, 1, 1, 4, 112, 16, 33),
+        (64, 1, 1, 1, 4, 112, 8),
     ],
     ids=str,
 )

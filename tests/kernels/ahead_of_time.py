@@ -60,12 +60,11 @@ SCAN = {
     "num_warps": 1,
 }  # fmt: skip
 GLUON = {
-    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "STAGES": 0, "EARLY": False, "CHUNKED": False,
-    "SECOND": False, "WHOLE": False, "PDL": False, "state": "*fp32", "num_warps": 4,
+    "N": 16, "WARPS": 4, "DEPTH": 1, "EXTRA": 1, "STAGES": 0, "CHUNKED": False, "SECOND": False,
+    "PDL": False, "state": "*fp32", "num_warps": 4,
 }  # fmt: skip
 CHUNKED = {**GLUON, "CHUNKED": True, "PDL": True, "DEPTH": 2}
 STREAM = {**GLUON, "WARPS": 1, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
-STREAM_WHOLE = {**STREAM, "CHUNKED": True, "SECOND": True, "WHOLE": True, "maxnreg": 112}
 STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": None}
 
 
@@ -124,7 +123,6 @@ KERNELS: dict[str, Case] = {
     "gluon, stream": Case(gluon_scan.scan_kernel, STREAM, "", (90,)),
     "gluon, stream, first pass": Case(gluon_scan.scan_kernel, STREAM_CHUNKED, "", (90,)),
     "gluon, stream, second pass": Case(gluon_scan.scan_kernel, {**STREAM_CHUNKED, "SECOND": True}, "", (90,)),
-    "gluon, stream, some whole": Case(gluon_scan.scan_kernel, STREAM_WHOLE, "", (90,)),
     "gluon, 32 states": Case(gluon_scan.scan_kernel, {**GLUON, "N": 32}, "", (90,)),
     "gluon, 64 states": Case(gluon_scan.scan_kernel, {**GLUON, "N": 64}, "", (90,)),
 }

@@ -37,7 +37,6 @@ REGISTERS = {
     ("gluon, stream", 90): 96,
     ("gluon, stream, first pass", 90): 112,
     ("gluon, stream, second pass", 90): 112,
-    ("gluon, stream, some whole", 90): 112,
     ("gluon, 32 states", 90): 152,
     ("gluon, 64 states", 90): 200,
 }  # fmt: skip

@@ -97,7 +97,7 @@ def emulated(compiler: Compiler, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
 
 
 def scan(form: tuple[int | None, ...], inputs: list[Any]) -> Tensor:
-    """In a form (chunk, warps, depth, extra, stages, registers, cut, whole, early)."""
+    """In a form (chunk, warps, depth, extra, stages, registers, cut)."""
     from ssm_dist.kernels import gluon_form, gluon_scan
 
     read = (inputs[0], inputs[1], inputs[6], inputs[3], inputs[4])
@@ -152,12 +152,11 @@ def test_streamed_half_precision_with_the_polynomial() -> None:
 @pytest.mark.parametrize("lengths", [[16, 17, 0, 1, 15, 33, 32, 7], [170]], ids=str)
 def test_streamed_chunks_in_two_passes(lengths: list[int]) -> None:
     assert_exact((16, 1, 1, 0, 4), lengths, channels=24)
-    assert_exact((16, 1, 1, 0, 4, None, 3, 0, True), lengths, channels=24)
-    assert_exact((16, 1, 1, 0, 4, None, 3, 1), lengths, channels=40)
+    assert_exact((16, 1, 1, 0, 4, None, 3), lengths, channels=40)
 
 
-def test_channels_that_stay_whole_beside_sequences_shorter_than_a_chunk() -> None:
-    assert_exact((32, 1, 1, 0, 4, None, 8, 2), [3, 0, 9], channels=96, groups=2)
+def test_first_chunks_that_are_shorter_than_their_sequences_by_nothing_or_by_all() -> None:
+    assert_exact((32, 1, 1, 0, 4, None, 8), [3, 0, 24, 25, 9], channels=96, groups=2)
 
 
 def test_32_states() -> None:
@@ -191,7 +190,7 @@ def test_every_type(chunk: int, dtype: torch.dtype, state_dtype: torch.dtype) ->
 @pytest.mark.parametrize(
     "form",
     [(0, 4, 1, 1), (0, 1, 2, 0), (112, 2, 2, 2), (256, 4, 1, 1), (16, 1, 1, 3), (0, 1, 1, 0, 4),
-     (112, 1, 1, 1, 5), (64, 1, 1, 1, 4, None, 8, 3)],
+     (112, 1, 1, 1, 5), (64, 1, 1, 1, 4, None, 8)],
     ids=str,
 )  # fmt: skip
 @pytest.mark.parametrize(("channels", "groups"), [(128, 1), (96, 3), (80, 2)])
