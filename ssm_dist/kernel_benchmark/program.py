@@ -51,10 +51,13 @@ REFERENCE_NUMBERS = 2048 * 5120
 
 SWEEP: dict[str, list[tuning.Configuration]] = {
     "causal_conv": [
-        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": 256 * w, "num_warps": w}
-        for t, tile, w in itertools.product((8, 16, 32, 64, 128), (8, 16), (1, 2))
+        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": d, "num_warps": 1}
+        for d, t, tile in itertools.product((64, 128), (8, 16, 32), (4, 8, 16))
         if tile <= t
-    ] + [{"BLOCK_T": t, "TILE": 8, "BLOCK_D": 128, "num_warps": 1} for t in (8, 16, 32)],
+    ] + [
+        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": 256, "num_warps": 1}
+        for t, tile in ((8, 8), (16, 8), (32, 8), (64, 16), (128, 16))
+    ],
     "causal_conv_update": [
         {"SEQUENCES": s, "BLOCK_D": d, "num_warps": w}
         for s, d, w in itertools.product((1, 2, 4), (128, 256, 512), (1, 2))

@@ -184,7 +184,7 @@ def causal_conv(
     (tokens, channels), width = x.shape, weight.shape[1]
     _check(x, weight, state)
     y = x.new_empty(x.shape)
-    config = tuning.configuration("causal_conv", tokens * channels, x.device)
+    config = tuning.configuration("causal_conv", slots.shape[0], x.device)
     chunks = tokens // config["BLOCK_T"] + slots.shape[0]
     if tokens:
         with torch.cuda.device_of(x):

@@ -1,9 +1,10 @@
 """Launch configurations of the Triton kernels: chosen offline, recorded here, never searched while serving.
 
 A search at run time could make ranks differ, and its first answers come late. The rows for sm_90 come from
-`ssm-dist kernels --sweep` on an H200 (132 multiprocessors, 4.3 TB/s). Those for sm_80 and
-sm_86 are reasoned from it: a third to a half of the bandwidth needs fewer bytes in flight, and 64 KB of
-registers feed the same number of warps, so smaller tiles reach the same occupancy.
+`ssm-dist kernels --sweep` and `benchmarks/decode_kernels.py` on an H200 (132 multiprocessors, 4.3 TB/s) and an
+H100. Those for sm_80 and sm_86 are reasoned from them: a third to a half of the bandwidth needs fewer bytes in
+flight, and 64 KB of registers feed the same number of warps, so tiles as small or smaller reach the same
+occupancy.
 """
 
 from __future__ import annotations
@@ -23,16 +24,15 @@ ANY = float("inf")
 FOUR_DEEP: Configuration = {"num_warps": 4, "num_stages": 4}
 
 TABLE: dict[str, dict[int, Rows]] = {
-    # size: tokens * channels
+    # size: sequences. Programs look their own up among them, which longer blocks do less often
     "causal_conv": {
         90: [
-            (16e6, {"BLOCK_T": 16, "TILE": 16, "BLOCK_D": 256, "num_warps": 1}),
-            (48e6, {"BLOCK_T": 32, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
-            (ANY, {"BLOCK_T": 64, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (1, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
         ],
         80: [
-            (16e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
-            (ANY, {"BLOCK_T": 64, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (1, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
         ],
     },
     # size: sequences * channels

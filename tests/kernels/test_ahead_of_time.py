@@ -9,7 +9,7 @@ import sys
 import pytest
 
 REGISTERS = {
-    ("causal_conv", 90): 144, ("causal_conv", 80): 160,
+    ("causal_conv", 90): 88, ("causal_conv", 80): 96,
     ("causal_conv_update", 90): 176, ("causal_conv_update", 80): 120,
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,

@@ -31,8 +31,9 @@ def test_conv_in_small_blocks_crosses_none_of_their_edges(dtype: torch.dtype, ch
         )
 
 
-def test_conv_of_a_long_prompt() -> None:
-    check_stateful(kernels.causal_conv, naive.causal_conv, conv_inputs([1000], 5, 4, torch.float32))
+@pytest.mark.parametrize("lengths", [[1000], [100, 0, 300]], ids=["alone", "among others"])
+def test_conv_of_a_long_prompt(lengths: list[int]) -> None:
+    check_stateful(kernels.causal_conv, naive.causal_conv, conv_inputs(lengths, 140, 4, torch.float32))
 
 
 def test_conv_finds_its_sequence_among_more_than_one_block_of_them() -> None:
