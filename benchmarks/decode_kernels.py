@@ -39,13 +39,15 @@ from ssm_dist.registry import preset
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
           ("falcon-mamba-7b", 4), ("zamba-7b", 1), ("zamba-7b", 4)]  # fmt: skip
 """Model and degree, in the order in which the time is spent."""
-STEPS = [("mamba-2.8b", 1), ("mamba-2.8b", 64), ("falcon-mamba-7b", 1), ("falcon-mamba-7b", 4)]
+STEPS = [("mamba-2.8b", 4), ("mamba-2.8b", 16), ("mamba-2.8b", 1), ("falcon-mamba-7b", 4),
+         ("falcon-mamba-7b", 16), ("falcon-mamba-7b", 1)]  # fmt: skip
 """Model and sequences."""
 JOINED = ["projected_conv_update", "projected_state_update"]
 VARIANTS = {
     "torch": (["linear", *JOINED], True),
     "ordinary": ([], True),
     "separate": (JOINED, False),
+    "separate update": (JOINED[1:], False),
     "dependent": ([], False),
     "conv 64": ([], False),
 }
@@ -140,7 +142,7 @@ def candidates_row(
     x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
     calls: list[Call] = [functools.partial(kernels.linear, x, weight) for weight in weights]
     torchs: list[Call] = [functools.partial(F.linear, x, weight) for weight in weights]
-    candidates = MATRIX if op != "linear_vector" else VECTOR if rows == 1 else VECTOR[:3]
+    candidates = {"linear_1": VECTOR, "linear_4": VECTOR[:3]}.get(op, MATRIX)
     found: list[tuple[float, dict[str, int]]] = []
     for config in candidates:
         with tuning.forced(op, config), contextlib.suppress(Exception):  # too much shared memory
@@ -168,12 +170,11 @@ def layer_rows(clock: Clock, copy: float, deadline: float) -> Iterator[dict[str,
             seen.add(shape)
             count = min(256, max(2, round(WEIGHTS / (2 * shape[0] * shape[1]))))
             weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-            for op, numbers in ROWS.items():
-                for rows in numbers:
-                    if time.monotonic() > deadline:
-                        print(f"left out: {name} / {degree}, {shape}, {rows} rows", file=sys.stderr)
-                        continue
-                    yield candidates_row(shape, rows, op, clock, weights, copy)
+            for op, rows in ROWS.items():
+                if time.monotonic() > deadline:
+                    print(f"left out: {name} / {degree}, {shape}, {rows} rows", file=sys.stderr)
+                    continue
+                yield candidates_row(shape, rows, op, clock, weights, copy)
 
 
 def _named(config: dict[str, int]) -> str:
@@ -209,7 +210,8 @@ def main() -> None:
     )
     report["steps"] = list(step_rows(model, clock, copy, deadline))
     del model
-    columns = {"model": "", "sequences": "d", **times, "separate": ".2f", "conv 64": ".2f"}
+    columns = {"model": "", "sequences": "d", **times}
+    columns |= dict.fromkeys(("separate", "separate update", "conv 64"), ".2f")
     console.print(table(report["steps"], "Decode steps, ms", columns))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}

@@ -1,9 +1,9 @@
 """Triton kernels of linear layers with few rows, bound by reading the weight.
 
-Up to 4 rows multiply on the ordinary units: a program holds whole rows of the weight in registers, all asked
-for before it waits for its input. From 5 rows on, the tensor cores multiply: tiles of the weight from the
-left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few tiles to occupy the
-GPU, several programs share the sum of one.
+A row, and up to 4 by a small weight, multiply on the ordinary units: a program holds whole rows of the weight
+in registers, all asked for before it waits for its input. Otherwise the tensor cores multiply: tiles of the
+weight from the left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few
+tiles to occupy the GPU, several programs share the sum of one.
 """
 
 from __future__ import annotations
@@ -166,8 +166,7 @@ def _vector_blocks(config: dict[str, Any], tokens: int, width: int, size: int) -
 
 def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
-    config = tuning.configuration("linear_vector", weight.numel(), x.device)
-    blocks = _vector_blocks(config, tokens, width, weight.element_size())
+    blocks = _vector_blocks(_vector_configuration(x, weight), tokens, width, weight.element_size())
     _vector_kernel[(triton.cdiv(columns, blocks["BLOCK_N"]),)](
         x, weight, bias, y, x.stride(0), columns,
         K=width, TOKENS=tokens, HAS_BIAS=bias is not None, enable_fp_fusion=True,
@@ -216,11 +215,17 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
+def _vector_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
+    """Empty where the tensor cores' kernel is faster."""
+    op = "linear_1" if x.shape[0] == 1 else f"linear_{VECTOR_ROWS}"
+    return tuning.configuration(op, weight.numel(), x.device)
+
+
 def _by_vector(x: Tensor, weight: Tensor) -> bool:
-    """Whether the ordinary units multiply: where the tensor cores' kernel is faster, they have no entry."""
+    """Whether the ordinary units multiply."""
     if x.shape[0] > VECTOR_ROWS or not weight.is_contiguous():
         return False
-    return bool(tuning.configuration("linear_vector", weight.numel(), x.device))
+    return bool(_vector_configuration(x, weight))
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:

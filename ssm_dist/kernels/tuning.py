@@ -1,10 +1,10 @@
 """Launch configurations of the Triton kernels: chosen offline, recorded here, never searched while serving.
 
 A search at run time could make ranks differ, and its first answers come late. The rows for sm_90 come from
-`ssm-dist kernels --sweep` and `benchmarks/decode_kernels.py` on an H200 (132 multiprocessors, 4.3 TB/s) and an
-H100. Those for sm_80 and sm_86 are reasoned from them: a third to a half of the bandwidth needs fewer bytes in
-flight, and 64 KB of registers feed the same number of warps, so tiles as small or smaller reach the same
-occupancy.
+`ssm-dist kernels --sweep` and `benchmarks/decode_kernels.py` on an H200 (132 multiprocessors, 4.3 TB/s) and
+an H100. Those for sm_80 and sm_86 are reasoned from them: a third to a half of the bandwidth needs fewer
+bytes in flight, and 64 KB of registers feed the same number of warps, so tiles as small or smaller reach the
+same occupancy.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ Rows: TypeAlias = list[tuple[float, Configuration]]
 
 ANY = float("inf")
 FOUR_DEEP: Configuration = {"num_warps": 4, "num_stages": 4}
+FIVE_DEEP: Configuration = {"num_warps": 4, "num_stages": 5}
+SIX_DEEP: Configuration = {"num_warps": 4, "num_stages": 6}
 
 TABLE: dict[str, dict[int, Rows]] = {
     # size: sequences. Programs look their own up among them, which longer blocks do less often
@@ -70,7 +72,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     # up to 8 sequences; size: channels
     "projected_state_update": {
-        90: [(ANY, {"BLOCK_D": 16, "num_warps": 4})],
+        90: [(ANY, {"BLOCK_D": 8, "num_warps": 2})],
         80: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
     },
     # size: rows
@@ -89,10 +91,15 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
         ],
     },
-    # up to 4 rows; size: numbers of the weight. Empty: as up to 16 rows
-    "linear_vector": {
+    # 1 row, on the ordinary units; size: numbers of the weight
+    "linear_1": {
         90: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
+    },
+    # up to 4 rows, the same. Empty: on the tensor cores, as up to 16 rows
+    "linear_4": {
+        90: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
+        80: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
     },
     # by a transposed weight; size: rows
     "linear_transposed": {
@@ -104,7 +111,11 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch
     "linear_16": {
-        90: [(ANY, {})],
+        90: [
+            (3e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
+            (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 264, **FOUR_DEEP}),
+            (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
+        ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
     },
     "linear_32": {

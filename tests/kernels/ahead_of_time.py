@@ -104,9 +104,9 @@ KERNELS: dict[str, Case] = {
     "scan, summary": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512, "SUMMARY": True}, "", (90,)),
     "scan, chunk": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512}, "", (90,)),
     "scan, 32 states": Case(triton_scan._scan_kernel, {**SCAN, "N": 32}, "", (90,)),
-    "linear, 1 row": Case(triton_linear._vector_kernel, {**VECTOR, "TOKENS": 1}, "linear_vector", (90,)),
-    "linear, 4 rows": Case(triton_linear._vector_kernel, {**VECTOR, "K": 2560, "TOKENS": 4}, "linear_vector"),
-    "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}),
+    "linear, 1 row": Case(triton_linear._vector_kernel, {**VECTOR, "TOKENS": 1}, "linear_1", (90,)),
+    "linear, 4 rows": Case(triton_linear._vector_kernel, {**VECTOR, "K": 2560, "TOKENS": 4}, "linear_4"),
+    "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
     "linear, transposed": Case(triton_linear._matrix_kernel, {**MATRIX, "TRANSPOSED": 192, "BLOCK_T": 16}),
     "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}),
     "projected conv": Case(
@@ -188,8 +188,9 @@ def all_resources() -> Iterator[dict[str, Any]]:
     """What each kernel takes in the largest configuration of its op."""
     for name, case in KERNELS.items():
         for architecture in case.architectures:
-            rows = tuning.TABLE.get(case.op, {architecture: [(0, {})]})
-            config = next((c for limit, c in rows[architecture] if limit == 2), rows[architecture][-1][1])
+            rows = tuning.TABLE.get(case.op, {architecture: [(0, {})]})[architecture]
+            largest = next((c for _, c in reversed(rows) if c), {})
+            config = next((c for limit, c in rows if limit == 2), largest)
             given = {"PDL": architecture >= 90, **case.given, **config}
             kernel = compiled(case.kernel, given, architecture)
             yield {"kernel": name, "sm": architecture, **resources(kernel)}

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ssm_dist import kernels
-from ssm_dist.kernels import tuning
+from ssm_dist.kernels import triton_linear, tuning
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -39,6 +39,32 @@ def test_one_to_four_rows_are_multiplied(dtype: torch.dtype, tokens: int, shape:
     x, weight, bias = inputs(tokens, shape, dtype)
     check(x, weight, bias)
     check(x, weight, None)
+
+
+@pytest.mark.parametrize("tokens", [2, 3, 4])
+def test_few_rows_by_a_large_weight_are_multiplied_by_tensor_cores(tokens: int) -> None:
+    """A row alone is not; and what the tensor cores do not multiply in float32, torch does."""
+    with tuning.forced("linear_4", {}):
+        x, weight, bias = inputs(tokens, WIDE[1], torch.bfloat16)
+        assert not triton_linear._by_vector(x, weight) and triton_linear._by_vector(x[:1], weight)
+        check(x, weight, bias)
+        check(x[:1], weight, None)
+        x, weight, bias = inputs(tokens, WIDE[1], torch.float32)
+        assert torch.equal(kernels.linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shape", "vector"),
+    [(1, (10240, 2560), True), (1, (65024, 4096), True), (2, (5120, 160), True), (4, (8192, 256), True),
+     (2, (10240, 2560), False), (4, (2560, 5120), False), (4, (4096, 8192), False), (5, (5120, 160), False)],
+)  # fmt: skip
+def test_which_units_multiply_on_hopper(
+    tokens: int, shape: tuple[int, int], vector: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    x, weight = torch.empty(tokens, shape[1], device="meta").bfloat16(), torch.empty(shape, device="meta")
+    assert triton_linear._serves(x, weight.bfloat16())
+    assert triton_linear._by_vector(x, weight.bfloat16()) == vector
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
