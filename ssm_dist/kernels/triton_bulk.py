@@ -24,7 +24,8 @@ from torch import Tensor
 
 from ssm_dist.kernels.codecs import row_layout
 from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
-from ssm_dist.kernels.triton_codecs import CHUNK, CODES, ROWS, require_codec
+from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
+from ssm_dist.kernels.triton_codecs import require_codec
 
 ALL = -1
 """Phases of a kernel: all at once. Tests play several ranks in one process, one phase after the other."""
@@ -32,14 +33,14 @@ ALL = -1
 CODE = 192
 """What the error word says of a wait of this file that failed, besides the missing rank."""
 
-PROGRAMS = 1024
+PROGRAMS = 2048
 """At most; there are flags for so many."""
 
-PROGRAMS_A_MULTIPROCESSOR = 4
+PROGRAMS_A_MULTIPROCESSOR = 8
 """So many are there at a time: a program that waits must not keep out those that it waits for."""
 
-MOST_REGISTERS = 128
-"""A thread, so that they are: 65536 a multiprocessor for 4 programs of 128 threads."""
+MOST_REGISTERS = 64
+"""A thread, so that they are: 65536 a multiprocessor for 8 programs of 128 threads."""
 
 
 @dataclass(frozen=True)

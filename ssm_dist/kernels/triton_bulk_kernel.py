@@ -3,15 +3,39 @@
 import triton
 import triton.language as tl
 
-from ssm_dist.kernels.triton_codecs import decoded, load_decoded, quantised, store_quantised
+from ssm_dist.kernels.triton_codec_tiles import decoded, load_quantised, quantised, store_quantised
 from ssm_dist.kernels.triton_remote import raise_flag, wait_for_flag
+
+SEND_AHEAD, COLLECT_AHEAD = tl.constexpr(2), tl.constexpr(4)
+"""Chunks that are loaded before the first of them is worked on; of sums, as codes are few bytes."""
 
 
 @triton.jit
-def _tile(tile, stripe, ROWS: tl.constexpr):
-    """Rows of a tile within its stripe (ROWS,), and which of them exist there."""
+def _tile(tile, first_row, rows, stripe, ROWS: tl.constexpr):
+    """Rows of a tile within the stripe from first_row on (ROWS,), and which of them exist."""
     local = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-    return local, local < stripe
+    return local, (local < stripe) & (first_row + local < rows)
+
+
+@triton.jit
+def _chunk(first, width, CHUNK: tl.constexpr):
+    """Columns of the chunk that begins at `first`, and which of them exist, both (1, CHUNK)."""
+    column = first + tl.arange(0, CHUNK)[None, :]
+    return column, column < width
+
+
+@triton.jit
+def _chunks(stripe, width, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    """How many there are in all tiles of this program."""
+    tiles = tl.cdiv(tl.cdiv(stripe, ROWS) - tl.program_id(0), tl.num_programs(0))
+    return tiles * tl.cdiv(width, CHUNK)
+
+
+@triton.jit
+def _after(tile, first, width, CHUNK: tl.constexpr):
+    """The tile and the first column of this program's next chunk; after its last one, no rows exist."""
+    last = first + CHUNK >= width
+    return tl.where(last, tile + tl.num_programs(0), tile), tl.where(last, 0, first + CHUNK)
 
 
 @triton.jit
@@ -35,30 +59,57 @@ def _send_parts(
     CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Encode this program's tiles of the stripe from first_row on, to slot_row of the region at `to`."""
-    for tile in range(tl.program_id(0), tl.cdiv(stripe, ROWS), tl.num_programs(0)):
-        local, exists = _tile(tile, stripe, ROWS)
-        row = first_row + local
-        exists &= row < rows
-        at = _rows_at(to, slot_row + local, row_bytes)
-        for first in range(0, width, CHUNK):
-            column = first + tl.arange(0, CHUNK)
-            inside = exists[:, None] & (column < width)[None, :]
-            value = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-            payload, scale = quantised(value, CODEC, GROUP, x.dtype.element_ty)
-            store_quantised(at, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
+    tile, first = tl.program_id(0), 0
+    for _ in range(0, _chunks(stripe, width, ROWS, CHUNK), SEND_AHEAD):
+        loaded = ()
+        for _ in tl.static_range(SEND_AHEAD):
+            local, exists = _tile(tile, first_row, rows, stripe, ROWS)
+            column, inside = _chunk(first, width, CHUNK)
+            source = x + (first_row + local)[:, None] * width + column
+            value = tl.load(source, mask=exists[:, None] & inside, other=0.0)
+            loaded += ((local, exists, first, value),)
+            tile, first = _after(tile, first, width, CHUNK)
+        for index in tl.static_range(SEND_AHEAD):
+            local, exists, begin, value = loaded[index]
+            payload, scale = quantised(value.to(tl.float32), CODEC, GROUP, x.dtype.element_ty)
+            at = _rows_at(to, slot_row + local, row_bytes)
+            store_quantised(at, exists, payload, scale, begin, width, halves, scales_at, CODEC, GROUP)
 
 
 @triton.jit
-def _own_part(
-    x, row, exists, first, width,
-    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+def _sum_of_parts(
+    x, residual, parts, rank, local, residual_row, exists, first, width, halves, stripe, row_bytes, scales_at,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """What the others would decode of this rank's part, had it been sent to them: (ROWS, CHUNK) float32."""
-    column = first + tl.arange(0, CHUNK)
-    inside = exists[:, None] & (column < width)[None, :]
-    value = tl.load(x + row[:, None] * width + column[None, :], mask=inside, other=0.0).to(tl.float32)
-    payload, scale = quantised(value, CODEC, GROUP, x.dtype.element_ty)
-    return decoded(payload, scale, CODEC, GROUP)
+    """What all ranks sent of the rows `local` of the own stripe, and the residual: (ROWS, CHUNK) float32.
+
+    The own part is what the others would decode of it, had it been sent to them.
+    """
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    column, inside = _chunk(first, width, CHUNK)
+    inside &= exists[:, None]
+    given = tl.load(x + (rank * stripe + local)[:, None] * width + column, mask=inside, other=0.0)
+    sent = ()  # all is loaded before anything is worked on
+    for other in tl.static_range(RANKS - 1):
+        sender = other + (other >= rank).to(tl.int32)
+        at = _rows_at(parts, sender * stripe + local, row_bytes)
+        sent += (load_quantised(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE),)
+    if HAS_RESIDUAL:
+        stream = residual + (residual_row + local)[:, None] * width + column
+        before = tl.load(stream, mask=inside, other=0.0)
+    payload, scale = quantised(given.to(tl.float32), CODEC, GROUP, DTYPE)
+    own = decoded(payload, scale, CODEC)
+    value = own
+    for other in tl.static_range(RANKS - 1):  # in rank order, and the own part in its place
+        payload, scale = sent[other]
+        part = decoded(payload, scale, CODEC)
+        if other == 0:
+            value = tl.where(rank > 1, part, own + part)
+        else:
+            value += part
+            value = tl.where(rank == other + 1, value + own, value)
+    return value + before if HAS_RESIDUAL else value
 
 
 @triton.jit
@@ -71,10 +122,9 @@ def _send_sum(
     for step in range(RANKS - 1):
         at = _rows_at(_peer(peers, step, RANKS) + sums_at, row, row_bytes)
         store_quantised(at, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
-    column = first + tl.arange(0, payload.shape[1])
-    inside = exists[:, None] & (column < width)[None, :]
-    own = decoded(payload, scale, CODEC, GROUP).to(y.dtype.element_ty)
-    tl.store(y + row[:, None] * width + column[None, :], own, mask=inside)
+    column, inside = _chunk(first, width, payload.shape[1])
+    own = decoded(payload, scale, CODEC).to(y.dtype.element_ty)
+    tl.store(y + row[:, None] * width + column, own, mask=exists[:, None] & inside)
 
 
 @triton.jit
@@ -85,31 +135,19 @@ def _add_up(
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Sum this program's tiles of the own stripe, in x and at `parts`; norm them, if asked; send."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
     for tile in range(tl.program_id(0), tl.cdiv(stripe, ROWS), tl.num_programs(0)):
-        local, exists = _tile(tile, stripe, ROWS)
+        local, exists = _tile(tile, rank * stripe, rows, stripe, ROWS)
         row = rank * stripe + local
-        exists &= row < rows
         squares = tl.zeros((ROWS,), tl.float32)
         for first in range(0, width, CHUNK):
-            own = _own_part(x, row, exists, first, width, CODEC, GROUP, ROWS, CHUNK)
-            value = own
-            for other in tl.static_range(RANKS - 1):  # in rank order, and the own part in its place
-                sender = other + (other >= rank).to(tl.int32)
-                at = _rows_at(parts, sender * stripe + local, row_bytes)
-                part = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
-                if other == 0:
-                    value = tl.where(rank > 1, part, own + part)
-                else:
-                    value += part
-                    value = tl.where(rank == other + 1, value + own, value)
+            value = _sum_of_parts(
+                x, residual, parts, rank, local, residual_row, exists, first, width, halves, stripe,
+                row_bytes, scales_at, RANKS, CODEC, GROUP, HAS_RESIDUAL, CHUNK,
+            )  # fmt: skip
             if WITH_NORM:
-                column = first + tl.arange(0, CHUNK)
-                inside = exists[:, None] & (column < width)[None, :]
-                if HAS_RESIDUAL:
-                    stream = residual + (residual_row + local)[:, None] * width + column[None, :]
-                    value += tl.load(stream, mask=inside, other=0.0)
-                tl.store(total + local[:, None] * width + column[None, :], value, mask=inside)
+                column, inside = _chunk(first, width, CHUNK)
+                inside &= exists[:, None]
+                tl.store(total + local[:, None] * width + column, value, mask=inside)
                 squares += tl.sum(value * value, 1)
             else:
                 _send_sum(
@@ -120,11 +158,12 @@ def _add_up(
             tl.debug_barrier()  # `total` may be read back by other threads
             norm = tl.rsqrt(squares / width + eps)
             for first in range(0, width, CHUNK):
-                column = first + tl.arange(0, CHUNK)
-                inside = exists[:, None] & (column < width)[None, :]
-                value = tl.load(total + local[:, None] * width + column[None, :], mask=inside, other=0.0)
-                factor = tl.load(weight + column, mask=column < width, other=0.0).to(tl.float32)
-                value = value * norm[:, None] * factor[None, :]
+                column, inside = _chunk(first, width, CHUNK)
+                inside &= exists[:, None]
+                value = tl.load(total + local[:, None] * width + column, mask=inside, other=0.0)
+                # for every row anew, as the tile has its numbers: no other thread's are needed
+                factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
+                value = value * norm[:, None] * factor.to(tl.float32)
                 _send_sum(
                     value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
                     RANKS, CODEC, GROUP,
@@ -138,16 +177,23 @@ def _collect(
 ):  # fmt: skip
     """Decode this program's tiles of the stripe that begins at first_row, from the region at `sums`."""
     DTYPE: tl.constexpr = y.dtype.element_ty
-    for tile in range(tl.program_id(0), tl.cdiv(stripe, ROWS), tl.num_programs(0)):
-        local, exists = _tile(tile, stripe, ROWS)
-        row = first_row + local
-        exists &= row < rows
-        at = _rows_at(sums, row, row_bytes)
-        for first in range(0, width, CHUNK):
-            value = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
-            column = first + tl.arange(0, CHUNK)
-            inside = exists[:, None] & (column < width)[None, :]
-            tl.store(y + row[:, None] * width + column[None, :], value.to(DTYPE), mask=inside)
+    tile, first = tl.program_id(0), 0
+    for _ in range(0, _chunks(stripe, width, ROWS, CHUNK), COLLECT_AHEAD):
+        loaded = ()
+        for _ in tl.static_range(COLLECT_AHEAD):
+            local, exists = _tile(tile, first_row, rows, stripe, ROWS)
+            at = _rows_at(sums, first_row + local, row_bytes)
+            payload, scale = load_quantised(
+                at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE
+            )
+            loaded += ((local, exists, first, payload, scale),)
+            tile, first = _after(tile, first, width, CHUNK)
+        for index in tl.static_range(COLLECT_AHEAD):
+            local, exists, begin, payload, scale = loaded[index]
+            value = decoded(payload, scale, CODEC).to(DTYPE)
+            column, inside = _chunk(begin, width, CHUNK)
+            to = y + (first_row + local)[:, None] * width + column
+            tl.store(to, value, mask=exists[:, None] & inside)
 
 
 # rank: the same code on all ranks, so that their bits agree; the others: nothing to gain from compiling again
@@ -164,7 +210,7 @@ def bulk_kernel(
 
     parts_at, sums_at: offsets of the regions; residual_row: the row of `residual` that this rank's stripe
     begins at; FLAGS: bytes of a rank's flags of one phase; PHASE: ALL, or one of them. The rest: see
-    `BulkMemory` and `triton_codecs`.
+    `BulkMemory` and `triton_codec_tiles`.
     """
     program = tl.program_id(0)
     epoch = tl.load(epochs + program) + 1

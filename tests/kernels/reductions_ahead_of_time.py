@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from triton.compiler import CompiledKernel
 
-from ssm_dist.kernels.triton_bulk import CODE, PROGRAMS
+from ssm_dist.kernels.triton_bulk import CODE, MOST_REGISTERS, PROGRAMS
 from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
-from ssm_dist.kernels.triton_codecs import CHUNK, CODES, ROWS
+from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
 from ssm_dist.kernels.triton_push import ALL, _push_sum_kernel
 from ssm_dist.kernels.triton_push import CODES as PUSH_CODES
 from ssm_dist.kernels.triton_remote import taking
@@ -44,7 +44,7 @@ def bulk(codec: str, group: int, ranks: int, with_norm: bool) -> CompiledKernel:
     """The kernel of `triton_bulk` for sm_90, for bfloat16."""
     given = common(torch.bfloat16, ranks, with_norm) | {
         "epochs": "*i32", "CODEC": CODES[codec], "GROUP": group, "CODE": CODE, "FLAGS": 4 * PROGRAMS,
-        "ROWS": ROWS, "CHUNK": CHUNK, "num_warps": 4,
+        "ROWS": ROWS, "CHUNK": CHUNK, "num_warps": 4, "maxnreg": MOST_REGISTERS,
     }  # fmt: skip
     return compiled(bulk_kernel, given, 90)
 
@@ -58,9 +58,12 @@ def main() -> None:
         found = resources(push(dtype, ranks, two_shot, True, 512))
         print(json.dumps({"kernel": f"push {dtype} {ranks} {two_shot}", **found}), flush=True)
     for codec, group, ranks, norm in (
+        ("none", 128, 2, True),
         ("none", 128, 4, False),
+        ("int8", 128, 2, False),
         ("int8", 128, 4, True),
-        ("int4", 32, 2, False),
+        ("fp8", 128, 2, True),
+        ("int4", 32, 4, False),
     ):
         found = resources(bulk(codec, group, ranks, norm))
         print(json.dumps({"kernel": f"bulk {codec} {ranks} {norm}", **found}), flush=True)

@@ -40,7 +40,7 @@ def defined_sum(parts: Tensor, codec: str, group_size: int) -> Tensor:
 def test_all_ranks_hold_the_bits_of_the_codec_ops(
     codec: str, group_size: int, ranks: int, rows: int, width: int
 ) -> None:
-    from ssm_dist.kernels.triton_bulk import bulk_sum
+    from ssm_dist.kernels.triton_bulk import PROGRAMS_A_MULTIPROCESSOR, ROWS, bulk_sum
 
     world, parts = BulkRanks(ranks, 2**20), torch.randn(ranks, rows, width)
     for _ in range(2):
@@ -53,7 +53,7 @@ def test_all_ranks_hold_the_bits_of_the_codec_ops(
         assert torch.equal(y, defined_sum(parts, codec, group_size).expand_as(y))
         parts = parts.flip(1)
     stripe = -(-rows // ranks)
-    programs = min(4, -(-stripe // 4))
+    programs = min(PROGRAMS_A_MULTIPROCESSOR, -(-stripe // ROWS))
     assert all(memory.epochs.tolist()[: programs + 1] == [2] * programs + [0] for memory in world.memories)
 
 

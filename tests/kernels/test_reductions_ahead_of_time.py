@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-MOST_STACK = 32
-"""Bytes a thread: what Triton 3.7 keeps there of a loop over ranks."""
+MOST_STACK = 48
+"""Bytes a thread: addresses of the ranks, which loops over chunks do not change."""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -20,7 +20,7 @@ def test_they_compile_and_as_many_fit_on_a_multiprocessor_as_wait_for_each_other
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     found = {row["kernel"]: row for row in map(json.loads, output.splitlines())}
-    assert len(found) == 7 and all(row["stack"] <= MOST_STACK for row in found.values()), found
+    assert len(found) == 10 and all(row["stack"] <= MOST_STACK for row in found.values()), found
     assert all(
         row["registers"] <= triton_bulk.MOST_REGISTERS
         for name, row in found.items()

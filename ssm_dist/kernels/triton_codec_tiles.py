@@ -1,0 +1,182 @@
+"""The codecs in Triton, on tiles of ROWS rows x CHUNK columns, with the bits of their definitions on a GPU.
+
+What that takes: torch divides by a number on a CPU, and multiplies by its reciprocal on a GPU; no fused
+multiply-add between a product and the sum or rounding after it (`enable_fp_fusion=False`); true divisions.
+The kernels of the codecs and the kernel of long messages are made of these functions.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ssm_dist.kernels.triton_common import INTERPRETED
+
+CODES = {"none": 0, "int8": 1, "fp8": 2, "int4": 3}
+"""The codecs as kernels know them."""
+
+NONE, INT8, FP8, INT4 = (tl.constexpr(code) for code in CODES.values())
+
+ROWS, CHUNK = 4, 256
+"""Of a tile: a row a warp."""
+
+RUN = tl.constexpr(8)
+"""Neighbours that a thread holds, whatever the type. Loads and stores are of runs, and scales are repeated
+for each run of their group, so that nothing goes from thread to thread between a load, the arithmetic and a
+store: that would take barriers. A group is several whole runs, and a chunk several whole groups."""
+
+SMALLEST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
+FIRST_INFINITE = tl.constexpr(0x7F800000)
+"""Magnitudes of float32 are ordered as their bits; those from here on are infinity and NaN."""
+
+ROUNDER = tl.constexpr(1.5 * 2**23)
+"""Added and taken away again, it rounds numbers below 2 ** 22 to the nearest integer, ties to even."""
+
+
+@triton.jit
+def over(v, NUMBER: tl.constexpr):
+    """v / NUMBER as torch computes it on the device."""
+    return v / NUMBER if INTERPRETED else v * (1.0 / NUMBER)
+
+
+@triton.jit
+def on_e4m3_grid(v):
+    """v, below 464, rounded to the nearest e4m3; for the interpreter, whose conversion loses carries."""
+    bits, size = v.to(tl.int32, bitcast=True), tl.abs(v)
+    normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0x7FF00000
+    below = ((size + ROUNDER / 512) - ROUNDER / 512).to(tl.int32, bitcast=True)
+    return (tl.where(size < 0.015625, below, normal) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _runs(x):
+    """x (ROWS, N) -> (ROWS, N / RUN, RUN)."""
+    return tl.reshape(x, (x.shape[0], x.shape[1] // RUN, RUN))
+
+
+@triton.jit
+def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
+    """x (ROWS, CHUNK) float32 -> payload of that shape (int32; float8 for fp8), scales (ROWS, CHUNK / RUN).
+
+    As `codec_primitives.quantize`, the scale of a group repeated for each of its runs; with codec none, x in
+    DTYPE, and nothing to use as scales.
+    """
+    if CODEC == NONE:
+        payload, scale = x.to(DTYPE), x
+    else:
+        runs = _runs(x)
+        largest = tl.max(runs.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
+        groups = tl.reshape(largest, (x.shape[0], x.shape[1] // GROUP, GROUP // RUN))
+        groups = tl.broadcast_to(tl.max(groups, 2, keep_dims=True), groups.shape)
+        largest = tl.reshape(groups, largest.shape)
+        finite = largest < FIRST_INFINITE
+        amax = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
+        runs = tl.where(finite[:, :, None], runs, 0.0)
+        if CODEC == FP8:
+            step = over(tl.maximum(amax, 448.0 * SMALLEST_SCALE), 448.0)
+            scaled = tl.div_rn(runs, tl.broadcast_to(step[:, :, None], runs.shape))
+            limited = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
+            coded = (on_e4m3_grid(limited) if INTERPRETED else limited).to(tl.float8e4nv)
+        else:
+            TOP: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
+            step = tl.maximum(over(amax, TOP), SMALLEST_SCALE)
+            scaled = runs * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, :, None]
+            rounded = (scaled + ROUNDER) - ROUNDER
+            coded = tl.minimum(tl.maximum(rounded, -TOP), TOP).to(tl.int32)
+        payload, scale = tl.reshape(coded, x.shape), tl.where(finite, step, float("nan"))
+    return payload, scale
+
+
+@triton.jit
+def decoded(payload, scale, CODEC: tl.constexpr):
+    """What others decode of a payload (ROWS, CHUNK) and its scales, bit for bit: (ROWS, CHUNK) float32."""
+    x = payload.to(tl.float32)
+    if CODEC != NONE:
+        x = tl.reshape(_runs(x) * scale[:, :, None], x.shape)
+    return x
+
+
+@triton.jit
+def _columns(first, N: tl.constexpr, OF: tl.constexpr):
+    """(N,) from first on, in runs of OF."""
+    return tl.max_contiguous(first + tl.arange(0, N), OF)
+
+
+@triton.jit
+def _flat(x):
+    """x (ROWS, N) -> (ROWS * N,): of a tile of single words, Triton 3.6 would give a thread other columns."""
+    return tl.reshape(x, (x.shape[0] * x.shape[1],))
+
+
+@triton.jit
+def _scales_at(at, rows, first, width, scales_at, CHUNK: tl.constexpr, GROUP: tl.constexpr):
+    """Pointers to the scales of the runs, which runs there are, and which begin a group; all of them flat."""
+    column = first + tl.arange(0, CHUNK // RUN) * RUN
+    inside = rows[:, None] & (column < width)[None, :]
+    scales = (at + scales_at).to(tl.pointer_type(tl.float32))[:, None] + (column // GROUP)[None, :]
+    return _flat(scales), _flat(inside), _flat(inside & (column % GROUP == 0)[None, :])
+
+
+@triton.jit
+def store_quantised(
+    at, rows, payload, scale, first, width, halves, scales_at, CODEC: tl.constexpr, GROUP: tl.constexpr
+):
+    """Store what `quantised` made of the columns from `first` on into the rows that begin at `at` (ROWS,).
+
+    rows (ROWS,): which rows exist; width: of a row; halves: (width + 1) // 2; scales_at: offset of scales.
+    With codec none, payload holds the numbers as they are, and there is no scale.
+    """
+    CHUNK: tl.constexpr = payload.shape[1]
+    column = _columns(first, CHUNK, RUN)
+    inside = rows[:, None] & (column < width)[None, :]
+    if CODEC == NONE:
+        typed = at.to(tl.pointer_type(payload.dtype))
+        tl.store(typed[:, None] + column[None, :], payload, mask=inside)
+    else:
+        scales, _, begins = _scales_at(at, rows, first, width, scales_at, CHUNK, GROUP)
+        tl.store(scales, _flat(scale), mask=begins)
+        if CODEC == INT4:
+            low, high = tl.split(tl.reshape(payload, (payload.shape[0], CHUNK // 2, 2)))
+            pair = _columns(first // 2, CHUNK // 2, RUN // 2)
+            both = ((low & 15) | (high << 4)).to(tl.uint8)
+            tl.store(at[:, None] + pair[None, :], both, mask=rows[:, None] & (pair < halves)[None, :])
+        elif CODEC == FP8:
+            tl.store(at[:, None] + column[None, :], payload.to(tl.uint8, bitcast=True), mask=inside)
+        else:
+            tl.store(at[:, None] + column[None, :], payload.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def load_quantised(
+    at, rows, first, width, halves, scales_at,
+    CHUNK: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """The inverse of `store_quantised`: payload (ROWS, CHUNK), scales (ROWS, CHUNK / RUN), 0 outside."""
+    column = _columns(first, CHUNK, RUN)
+    inside = rows[:, None] & (column < width)[None, :]
+    if CODEC == NONE:
+        typed = at.to(tl.pointer_type(DTYPE))
+        payload = tl.load(typed[:, None] + column[None, :], mask=inside, other=0.0)
+        scale = payload
+    else:
+        scales, has_scale, _ = _scales_at(at, rows, first, width, scales_at, CHUNK, GROUP)
+        scale = tl.reshape(tl.load(scales, mask=has_scale, other=0.0), (at.shape[0], CHUNK // RUN))
+        if CODEC == INT4:
+            pair = _columns(first // 2, CHUNK // 2, RUN // 2)
+            within = rows[:, None] & (pair < halves)[None, :]
+            both = tl.load(at[:, None] + pair[None, :], mask=within, other=0).to(tl.int32)
+            payload = tl.reshape(tl.join((both << 28) >> 28, (both << 24) >> 28), (at.shape[0], CHUNK))
+        else:
+            raw = tl.load(at[:, None] + column[None, :], mask=inside, other=0)
+            KIND: tl.constexpr = tl.float8e4nv if CODEC == FP8 else tl.int8
+            payload = raw.to(KIND, bitcast=True)
+    return payload, scale
+
+
+@triton.jit
+def load_decoded(
+    at, rows, first, width, halves, scales_at,
+    CHUNK: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """What `store_quantised` stored, decoded: (ROWS, CHUNK) float32, 0 outside."""
+    payload, scale = load_quantised(at, rows, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
+    return decoded(payload, scale, CODEC)
