@@ -82,22 +82,29 @@ def rows_that_fit(width: int, dtype: torch.dtype, codec: str, group_size: int, m
 
 
 def bulk_sum(
-    x: Tensor, codec: str, group_size: int, memory: BulkMemory, phase: int = ALL, y: Tensor | None = None
-) -> Tensor:
-    """The sum of every rank's x (T, width), contiguous, in y, of its shape and dtype; see `rows_that_fit`."""
+    x: Tensor, codec: str, group_size: int, memory: BulkMemory, phase: int = ALL,
+    programs: int | None = None, y: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The sum of every rank's x (T, width), contiguous, in y, of its shape and dtype; see `rows_that_fit`.
+
+    programs: at most so many, the same on all ranks, that other kernels run beside them; None: as many as
+    there is room for. The bits are the same.
+    """
     if y is None:
         y = torch.empty_like(x)
-    _launch(x, None, None, y, None, 0.0, codec, group_size, memory, phase)
+    _launch(x, None, None, y, None, 0.0, codec, group_size, memory, phase, programs)
     return y
 
 
 def bulk_sum_add_rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
-    memory: BulkMemory, phase: int = ALL, y: Tensor | None = None, total: Tensor | None = None,
+    memory: BulkMemory, phase: int = ALL, programs: int | None = None,
+    y: Tensor | None = None, total: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`kernels.add_rms_norm` of the sum of every rank's x (T, H), the residual stream split over the ranks.
 
-    residual: float32, whole (T, H) or this rank's stripe of ceil(T / ranks) rows; weight of x's dtype.
+    residual: float32, whole (T, H) or this rank's stripe of ceil(T / ranks) rows; weight of x's dtype;
+    programs: as in `bulk_sum`.
     Returns y (T, H), whole and alike on all ranks, and this rank's stripe of the new stream, its rows past T
     undefined.
     """
@@ -107,13 +114,13 @@ def bulk_sum_add_rms_norm(
         y = torch.empty_like(x)
     if total is None:
         total = x.new_empty((triton.cdiv(rows, memory.ranks), width), dtype=torch.float32)
-    _launch(x, residual, weight, y, total, eps, codec, group_size, memory, phase)
+    _launch(x, residual, weight, y, total, eps, codec, group_size, memory, phase, programs)
     return y, total
 
 
 def _launch(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, y: Tensor, total: Tensor | None, eps: float,
-    codec: str, group_size: int, memory: BulkMemory, phase: int,
+    codec: str, group_size: int, memory: BulkMemory, phase: int, programs: int | None,
 ) -> None:  # fmt: skip
     require_codec(codec, x.device)
     assert x.is_contiguous() and (residual is None or residual.is_contiguous())
@@ -125,6 +132,7 @@ def _launch(
     assert residual is None or whole or residual.shape[0] == stripe
     parts_at = _flag_bytes(memory.ranks)
     grid = min(PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(x.device))
+    grid = grid if programs is None else min(grid, programs)
     with torch.cuda.device_of(x):
         bulk_kernel[(grid,)](
             x, residual, weight, y, total, eps,

@@ -47,7 +47,7 @@ def test_all_ranks_hold_the_bits_of_the_codec_ops(
         y = torch.full_like(parts, torch.nan)
 
         def call(rank: int, phase: int, x: Tensor = parts, y: Tensor = y) -> None:
-            bulk_sum(x[rank], codec, group_size, world.memories[rank], phase, y[rank])
+            bulk_sum(x[rank], codec, group_size, world.memories[rank], phase, y=y[rank])
 
         in_phases(ranks, call)
         assert torch.equal(y, defined_sum(parts, codec, group_size).expand_as(y))
@@ -80,8 +80,8 @@ def test_the_owners_add_their_rows_of_the_residual_and_send_the_norm(
     def call(rank: int, phase: int) -> Any:
         own = {"whole": residual, "stripe": padded[rank * stripe : (rank + 1) * stripe], "none": None}[given]
         return bulk_sum_add_rms_norm(
-            parts[rank], own, weight, 1e-5, codec, group_size, world.memories[rank], phase, ys[rank],
-            totals[rank],
+            parts[rank], own, weight, 1e-5, codec, group_size, world.memories[rank], phase,
+            y=ys[rank], total=totals[rank],
         )  # fmt: skip
 
     outputs = in_phases(ranks, call)
@@ -91,6 +91,34 @@ def test_the_owners_add_their_rows_of_the_residual_and_send_the_norm(
         assert_close(y, expected, rtol=1e-5, atol=step)  # a number near the middle may take the next step
         assert (y - expected).abs().gt(1e-5).float().mean() < 0.01
     assert_close(torch.cat(totals)[:rows], stream, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("codec", "group_size"), CODECS[:2], ids=str)
+def test_as_many_programs_as_one_likes_make_the_same_bits(codec: str, group_size: int) -> None:
+    from ssm_dist.kernels.triton_bulk import bulk_sum, bulk_sum_add_rms_norm
+
+    world, parts, weight = BulkRanks(2, 2**20), torch.randn(2, 41, 300), torch.randn(300)
+
+    def results(programs: int | None) -> list[Tensor]:
+        """The sum, its norm and the stream, by rank; six tiles of two chunks a stripe."""
+        y, normed, total = torch.zeros_like(parts), torch.zeros_like(parts), torch.zeros(2, 21, 300)
+
+        def call(rank: int, phase: int) -> None:
+            how = (codec, group_size, world.memories[rank], phase, programs)
+            bulk_sum(parts[rank], *how, y[rank])
+
+        def with_norm(rank: int, phase: int) -> None:
+            how = (codec, group_size, world.memories[rank], phase, programs)
+            bulk_sum_add_rms_norm(parts[rank], None, weight, 1e-5, *how, normed[rank], total[rank])
+
+        in_phases(2, call)
+        in_phases(2, with_norm)
+        return [y, normed, total]
+
+    expected = results(None)
+    assert torch.equal(expected[0], defined_sum(parts, codec, group_size).expand_as(parts))
+    for programs in (4, 1):
+        assert all(torch.equal(*pair) for pair in zip(results(programs), expected, strict=True))
 
 
 def test_calls_of_any_shape_and_codec_share_the_regions() -> None:
@@ -103,7 +131,7 @@ def test_calls_of_any_shape_and_codec_share_the_regions() -> None:
         y = torch.full_like(parts, torch.nan)
 
         def call(rank: int, phase: int, x: Tensor = parts, y: Tensor = y, codec: str = codec) -> None:
-            bulk_sum(x[rank], codec, 32, world.memories[rank], phase, y[rank])
+            bulk_sum(x[rank], codec, 32, world.memories[rank], phase, y=y[rank])
 
         in_phases(2, call)
         assert torch.equal(y, defined_sum(parts, codec, 32).expand_as(y))
