@@ -51,14 +51,15 @@ class Graphs:
 
         key: whatever the work depends on besides the numbers. idle: makes numbers of the same shape for which
         the function changes nothing that matters; the step is tried out with them before it is captured.
-        lazy: the first call with a key runs without a graph, which pays only for steps that come again.
+        lazy: the first call with a key runs without a graph, which pays only for steps that come again; and
+        numbers that come again are not looked for.
         """
         if lazy and key not in self._seen:
             self._seen.add(key)
             return function(self._to_device(numbers))
         entry = self._captured.pop(key, None) or self._capture(function, idle())
         self._captured[key] = entry  # the newest comes last
-        if not torch.equal(entry.numbers, numbers):
+        if lazy or not torch.equal(entry.numbers, numbers):
             entry.inputs.copy_(numbers, non_blocking=True)
             entry.numbers = numbers
         entry.graph.replay()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -48,34 +49,41 @@ class Packer:
 
         A part's last sequence takes the tokens that pad; they are all in place 0, so that none has a context.
         """
-        numbers = sum(shape.numbers for shape in shapes)
-        packed = torch.zeros(numbers, dtype=torch.int64, pin_memory=self._pinned)
+        packed = self._memory(sum(shape.numbers for shape in shapes))
         for chunks, views in zip(parts, unpacked(packed, shapes), strict=True):
             self._fill(views, chunks)
         return packed
 
     def _fill(self, views: PrefillNumbers, chunks: list[Chunk]) -> None:
-        """Write chunks into zeros."""
-        real, filled = len(chunks), sum(c.length for c in chunks)
-        rows = [(c.start, c.length, c.sequence.slot) for c in chunks]
-        starts, lengths, slots = torch.tensor(rows, dtype=torch.int64).view(real, 3).T
-        ends = lengths.cumsum(0)
-        if chunks:
-            torch.cat([c.tokens for c in chunks], out=views.tokens[:filled])
-        places = torch.arange(filled) + (starts + lengths - ends).repeat_interleave(lengths)
-        views.positions[:filled] = places
-        views.offsets[1 : real + 1] = ends
-        views.offsets[real + 1 :] = filled
-        if len(views.slots) > real:
-            views.offsets[-1] = len(views.tokens)
-        views.slots[:real] = slots
-        views.slots[real:] = self._padding_slot
+        """Write chunks; by NumPy, since torch wakes threads for many numbers, which takes milliseconds."""
+        tokens, positions, offsets, slots = (view.numpy() for view in views)
+        filled, real = 0, len(chunks)
+        for row, chunk in enumerate(chunks):
+            offsets[row], slots[row] = filled, chunk.sequence.slot
+            here = slice(filled, filled + chunk.length)
+            tokens[here] = chunk.tokens.numpy()
+            positions[here] = np.arange(chunk.start, chunk.end)
+            filled = here.stop
+        tokens[filled:] = positions[filled:] = 0
+        offsets[real:] = filled
+        if len(slots) > real:
+            offsets[-1] = len(tokens)
+        slots[real:] = self._padding_slot
 
     def decode(self, slots: list[int], size: int) -> Tensor:
         """(size,) slots, padded with nobody's."""
-        packed = torch.full((size,), self._padding_slot, dtype=torch.int64, pin_memory=self._pinned)
-        packed[: len(slots)] = torch.tensor(slots, dtype=torch.int64)
+        packed = self._memory(size)
+        packed.numpy()[:] = slots + [self._padding_slot] * (size - len(slots))
         return packed
+
+    def small(self, numbers: list[int]) -> Tensor:
+        """Some numbers."""
+        packed = self._memory(len(numbers))
+        packed.numpy()[:] = numbers
+        return packed
+
+    def _memory(self, numbers: int) -> Tensor:
+        return torch.empty(numbers, dtype=torch.int64, pin_memory=self._pinned)
 
 
 def unpacked(packed: Tensor, shapes: Sequence[Shape]) -> list[PrefillNumbers]:
