@@ -24,18 +24,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from reductions_compiled import compile_ahead
+from reductions_programs import COMPILED, programs
 from reductions_report import markdown, one_line, table_of_rows
-from reductions_ways import WAYS, Run, fused_run, normalised, plain_run, small_run
+from reductions_ways import WAYS, Run, Way, fused_run, norm_inputs, normalised, normed, plain_run, small_run
 from torch import Tensor
 
 from ssm_dist.kernels import backend
-from ssm_dist.kernels.norm import add_rms_norm_reference
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import Reductions, carrier, wait_for_device
 from ssm_dist.parallel.collectives.tables import table_to_json
@@ -67,24 +68,25 @@ class Bench:
     """Why shared memory is not used any more."""
     rows: list[dict[str, Any]] = field(default_factory=list)
 
-    def ways(self, size: float) -> list[str]:
+    def ways(self, size: float) -> dict[str, Way]:
         """What can serve messages of so many bytes here."""
         shared = "shared" in carrier(self.tp.group) and not self.broken
-        kept = []
-        for name, (codec, _, algorithm) in WAYS.items():
+        kept = {}
+        for name, (codec, group_size, algorithm) in WAYS.items():
             if algorithm in ("one_shot", "two_shot", "bulk") and not shared:
                 continue
             if algorithm in ("one_shot", "two_shot") and size > PUSHED_BYTES:
                 continue
             if codec != "none" and size <= CODED_BYTES:
                 continue
-            kept.append(name)
+            kept[name] = (codec, group_size, algorithm)
         return kept
 
     def case(
-        self, section: str, shape: tuple[int, int], make: Callable[..., Run], exact: Callable[..., Tensor]
-    ) -> None:
-        """Measure every way of one sum of `shape`; what `exact` makes of the float32 sum is the truth."""
+        self, section: str, shape: tuple[int, int], make: Callable[..., Run], exact: Callable[..., Tensor],
+        ways: dict[str, Way] | None = None,
+    ) -> None:  # fmt: skip
+        """Measure all ways of one sum of `shape`; what `exact` makes of the float32 sum is the truth."""
         if self.time_is_up():
             return
         x = torch.randn(*shape, device=self.device, dtype=torch.bfloat16)
@@ -93,8 +95,7 @@ class Bench:
         dist.all_reduce(whole)
         truth = exact(whole)
         del whole
-        for name in self.ways(x.nbytes):
-            way = WAYS[name]
+        for name, way in (ways or self.ways(x.nbytes)).items():
             if self.broken and way[2] not in ("nccl", "all_reduce", "exchange"):
                 continue
             faulthandler.dump_traceback_later(self.options.case_seconds, exit=True)
@@ -190,13 +191,8 @@ def fused(bench: Bench, widths: tuple[int, ...], tokens: tuple[int, ...]) -> Non
     """Sums with residual and norm; for long messages, the residual split between ranks."""
     for width in widths:
         for rows in tokens:
-            generator = torch.Generator(device=bench.device).manual_seed(5)
-            residual = torch.randn(rows, width, device=bench.device, generator=generator)
-            weight = torch.ones(width, device=bench.device, dtype=torch.bfloat16)
-            bench.case(
-                "fused", (rows, width), fused_run(residual, weight),
-                lambda whole, r=residual, w=weight: add_rms_norm_reference(whole, r, w.float(), 1e-5)[0],
-            )  # fmt: skip
+            given = norm_inputs(rows, width, bench.device)
+            bench.case("fused", (rows, width), fused_run(*given), partial(normed, *given))
 
 
 def main() -> None:
@@ -208,7 +204,8 @@ def main() -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if gpu else torch.device("cpu")
     lengths = [rows for rows in (*options.rows, *LONG_TOKENS) if rows <= 65536]
     memory = (2 * max(WIDTHS), 2 * max(WIDTHS) * max(lengths))
-    children = compile_ahead(device, memory, not options.no_p2p) if gpu else None
+    names = COMPILED if options.sections == ["programs"] else tuple(WAYS)
+    children = compile_ahead(device, memory, not options.no_p2p, names) if gpu else None
     if gpu:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo", device_id=device if gpu else None)
@@ -237,6 +234,8 @@ def main() -> None:
         fused(bench, (WIDTH,), LONG_TOKENS)
     if "small" in options.sections:
         small(bench)
+    if "programs" in options.sections:
+        programs(bench)
     bench.write()
     dist.destroy_process_group()
 

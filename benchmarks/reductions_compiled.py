@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Iterable
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -37,10 +38,10 @@ class Children:
                 process.kill()
 
 
-def jobs(shared: bool) -> list[Job]:
+def jobs(shared: bool, names: Iterable[str]) -> list[Job]:
     """One for every piece of code; the number of rows is none of its matters, but for what a slot holds."""
     found = []
-    for name, (_, _, algorithm) in WAYS.items():
+    for name, (_, _, algorithm) in [(name, WAYS[name]) for name in names]:
         if algorithm == "exchange" or (shared and algorithm in ("one_shot", "two_shot", "bulk")):
             found += [
                 (rows, width, False, name) for rows, width in ((256, 2560), (64, 264), (64, 288), (1, 192))
@@ -49,12 +50,17 @@ def jobs(shared: bool) -> list[Job]:
     return found
 
 
-def compile_ahead(device: torch.device, memory: tuple[int, int], shared: bool) -> Children:
-    """Start compiling; before CUDA is initialised here. memory: as `group_without_others` takes it."""
+def compile_ahead(
+    device: torch.device, memory: tuple[int, int], shared: bool, names: Iterable[str]
+) -> Children:
+    """Start compiling the ways `names`; before CUDA is initialised here.
+
+    memory: as `group_without_others` takes it.
+    """
     rank, world, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     count = max(1, min(MOST_PROCESSES, len(os.sched_getaffinity(0)) // local - 1))
     context = multiprocessing.get_context("fork")  # torch is there already
-    shares = [jobs(shared)[rank * count + i :: world * count] for i in range(count)]
+    shares = [jobs(shared, names)[rank * count + i :: world * count] for i in range(count)]
     processes = [
         context.Process(target=_compile, args=(share, world, device, memory), daemon=True) for share in shares
     ]

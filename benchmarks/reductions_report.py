@@ -17,11 +17,17 @@ ALLOWED = 1.03
 """How much slower than NCCL `auto` may be."""
 
 
+def names_in(rows: list[Row]) -> list[str]:
+    """The ways that were measured; those of WAYS first, and in its order."""
+    found = dict.fromkeys(name for row in rows for name in row if isinstance(row[name], dict))
+    return [name for name in WAYS if name in found] + [name for name in found if name not in WAYS]
+
+
 def one_line(row: Row) -> str:
     """A case, for the terminal."""
     base = row.get("nccl", {}).get("us")
     parts = []
-    for name in [name for name in WAYS if name in row]:
+    for name in names_in([row]):
         found = row[name]
         if "us" not in found:
             parts.append(f"{name} FAILED {found['error'][:90]}")
@@ -42,7 +48,7 @@ def markdown(document: Row) -> str:
         lines += ["", f"Shared memory failed at {document['broken']} and was not used from there on."]
     for section in dict.fromkeys(row["section"] for row in document["rows"]):
         rows = [row for row in document["rows"] if row["section"] == section]
-        names = [name for name in WAYS if any(name in row for row in rows)]
+        names = names_in(rows)
         lines += ["", f"## {section}", "", f"| rows x width | KB | {' | '.join(names)} |"]
         lines += ["|" + "---|" * (len(names) + 2)]
         for row in rows:
@@ -78,7 +84,7 @@ def _cell(row: Row, name: str) -> str:
 
 
 def _all(rows: list[Row]) -> list[tuple[Row, str, dict[str, Any]]]:
-    return [(row, name, row[name]) for row in rows for name in WAYS if "us" in row.get(name, {})]
+    return [(row, name, row[name]) for row in rows for name in names_in([row]) if "us" in row[name]]
 
 
 def _agreeing(rows: list[Row]) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ssm_dist.kernels import add_rms_norm, rms_normalize
+from ssm_dist.kernels.norm import add_rms_norm_reference
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import (
     splits_residual,
@@ -20,8 +22,10 @@ from ssm_dist.parallel.collectives import (
 )
 
 Run = Callable[[], Tensor]
+Way = tuple[str, int, Any]
+"""Codec, group size, algorithm."""
 
-WAYS = {
+WAYS: dict[str, Way] = {
     "nccl": ("none", 128, "nccl"),
     "all_reduce": ("none", 128, "all_reduce"),
     "one_shot": ("none", 128, "one_shot"),
@@ -37,7 +41,6 @@ WAYS = {
     "auto": ("none", 128, "auto"),
     "auto int8/128": ("int8", 128, "auto"),
 }
-"""Codec, group size, algorithm."""
 
 
 def plain_run(x: Tensor, tp: TensorParallel, codec: str, group_size: int, algorithm: str) -> Run:
@@ -73,6 +76,25 @@ def normalised(x: Tensor) -> Tensor:
     return torch.cat([rms_normalize(part, 1e-6) for part in x.split([256, 16, 16], 1)], 1)
 
 
+def norm_inputs(rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Alike on all ranks: float32 (rows, width), and ones in bfloat16."""
+    generator = torch.Generator(device=device).manual_seed(5)
+    residual = torch.randn(rows, width, device=device, generator=generator)
+    return residual, torch.ones(width, device=device, dtype=torch.bfloat16)
+
+
+def normed(residual: Tensor, weight: Tensor, whole: Tensor) -> Tensor:
+    """What `fused_run` makes of the sum `whole`."""
+    return add_rms_norm_reference(whole, residual, weight.float(), 1e-5)[0]
+
+
+def sharded_residual(residual: Tensor, tp: TensorParallel) -> Tensor:
+    """This rank's stripe of the rows, filled up with zeros."""
+    stripe = -(-len(residual) // tp.degree)
+    own = residual[tp.rank * stripe :][:stripe].contiguous()
+    return torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
+
+
 def fused_run(residual: Tensor, weight: Tensor) -> Callable[..., Run]:
     """Sums with residual and norm; where it stays split, the residual is this rank's stripe."""
 
@@ -81,9 +103,7 @@ def fused_run(residual: Tensor, weight: Tensor) -> Callable[..., Run]:
         if algorithm == "nccl" or _in_place(x, tp, *how):
             run = plain_run(x, tp, *how)
             return lambda: add_rms_norm(run(), residual, weight, 1e-5)[0]
-        stripe = -(-len(x) // tp.degree)
-        own = residual[tp.rank * stripe :][:stripe].contiguous()
-        own = torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
+        own = sharded_residual(residual, tp)
         long = len(x) >= tp.degree and (algorithm in ("bulk", "exchange"))
         if long or (algorithm == "auto" and splits_residual(x, tp.group, *how)):
             return lambda: tp_all_reduce_add_rms_norm_split(x, own, *args, tp.degree, *how)[0]
