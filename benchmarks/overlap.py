@@ -3,8 +3,8 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/overlap.py --out benchmarks/overlap
 
 One model at the degree that torchrun starts. Each case is read in whole steps of --prefill.chunk_tokens
-tokens and of half as many, and in steps of halves. The times of kernels are from a profiled run of its own; a
-sum that runs beside other kernels counts as long as it runs alone.
+tokens and of half as many, and in steps of halves, by how many programs the sums have beside other kernels.
+The times of kernels are from a profiled run of its own; a sum beside others counts as long as it runs alone.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from ssm_dist.benchmark.cases import Case, parse_case
 from ssm_dist.benchmark.program import barrier
 from ssm_dist.benchmark.timing import run_case
 from ssm_dist.config import CacheConfig, Config, PrefillConfig
+from ssm_dist.graphs import Graphs
+from ssm_dist.parallel.collectives import groups
 
 CASES = ["8x2048+1", "16x2048+1", "64x2048+1", "1x16384+1", "1x32768+1"]
 
 
-def stepped(llm: LLM, chunk_tokens: int, overlap_tokens: int) -> None:
-    """Let the engine's next prompts be read in such steps."""
+def stepped(llm: LLM, chunk_tokens: int, programs: int) -> None:
+    """Let the engine's next prompts be read in such steps; programs: of sums beside others, 0 for whole steps."""
+    groups.BESIDE_OTHERS = programs
+    llm.engine.graphs = Graphs(llm.loaded.device) if llm.engine.graphs is not None else None
     prefill = llm.config.prefill.model_copy(update={"chunk_tokens": chunk_tokens})
     llm.config = llm.config.model_copy(update={"prefill": prefill})
-    llm.engine.overlap_tokens = overlap_tokens
+    llm.engine.overlap_tokens = min(programs, 1)
 
 
 def measured(llm: LLM, case: Case, repeats: int) -> dict[str, Any]:
@@ -51,13 +55,13 @@ def rows_of(llm: LLM, options: Any, whole: int, began: float) -> list[dict[str, 
     codec, rows = llm.config.reduction.codec, list[dict[str, Any]]()
     for case in map(parse_case, options.cases):
         tokens = case.batch * case.prompt_tokens
-        ways = [("whole", whole // 2, 0), ("whole", whole, 0), ("in halves", whole, 1)]
-        for name, most, least in ways:
-            late = time.monotonic() - began > options.seconds
-            if reporting.agreed(late) or (name == "whole" and most == whole and tokens <= whole // 2):
+        ways = [(whole // 2, 0)] if tokens <= whole // 2 else [(whole // 2, 0), (whole, 0)]
+        for most, programs in [*ways, *((whole, programs) for programs in options.programs)]:
+            if reporting.agreed(time.monotonic() - began > options.seconds):
                 continue
-            stepped(llm, most, least)
-            about = {"codec": codec, "case": str(case), "steps": name, "tokens of a step": min(tokens, most)}
+            stepped(llm, most, programs)
+            steps = f"in halves, {programs} programs" if programs else "whole"
+            about = {"codec": codec, "case": str(case), "steps": steps, "tokens of a step": min(tokens, most)}
             rows.append(about | measured(llm, case, options.repeats))
     return rows
 
@@ -68,6 +72,7 @@ def main() -> reporting.Report:
     parser = reporting.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--codecs", nargs="+", default=["none", "int8"])
+    parser.add_argument("--programs", type=int, nargs="+", default=[groups.BESIDE_OTHERS])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is measured")
     options, flags = parser.parse_known_args()

@@ -191,7 +191,7 @@ class Engine:
         """Sample what follows the prompts that end in this step."""
         last = _last_rows(chunks, ends)
         numbers = last + [c.sequence.slot for c in ends] + [c.sequence.length for c in ends]
-        # from pinned memory: else the host would wait for the end of the step, and the device for the next one
+        # from pinned memory: else the host waits for the end of the step, and the device then for the host
         rows, slots, places = self._packer.small(numbers).to(self._device, non_blocking=True).view(3, -1)
         sampled = self.sampler.sample(self._logits(hidden[rows]), slots, places)
         self._remember(slots, sampled.ids, places)

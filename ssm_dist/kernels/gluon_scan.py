@@ -20,6 +20,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_form import Form
 from ssm_dist.kernels.gluon_stream import stream
@@ -257,7 +258,7 @@ def scan(
     for second in (False, True) if items else (False,):
         launch = dependent if second else {"PDL": dependent["PDL"]}  # the second pass alone starts early
         with torch.cuda.device_of(x):
-            scan_kernel[((items if second else items + sequences) * groups * group_blocks,)](
+            launched = scan_kernel[((items if second else items + sequences) * groups * group_blocks,)](
                 x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, ends, sums,
                 sequences, items, form.chunk, form.cut, channels, channels // groups, group_blocks,
                 x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
@@ -265,4 +266,5 @@ def scan(
                 STAGES=form.stages, CHUNKED=form.chunk > 0, SECOND=second,
                 num_warps=form.warps, maxnreg=form.registers, enable_fp_fusion=True, **launch,
             )  # fmt: skip
+        let_others_beside(launched)
     return y

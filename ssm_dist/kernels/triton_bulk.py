@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.codecs import row_layout
 from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
 from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
@@ -134,7 +135,7 @@ def _launch(
     grid = min(PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(x.device))
     grid = grid if programs is None else min(grid, programs)
     with torch.cuda.device_of(x):
-        bulk_kernel[(grid,)](
+        launched = bulk_kernel[(grid,)](
             x, residual, weight, y, total, eps,
             rows, width, (width + 1) // 2, stripe, memory.rank * stripe if whole else 0,
             layout.bytes, layout.scales,
@@ -145,6 +146,7 @@ def _launch(
             ROWS=ROWS, CHUNK=CHUNK, PHASE=phase,
             num_warps=4, maxnreg=MOST_REGISTERS, enable_fp_fusion=False,
         )  # fmt: skip
+    let_others_beside(launched)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -26,6 +26,7 @@ from ssm_dist.parallel.plans.ready import plan_for
 from ssm_dist.parallel.splits import Along, Blocks, Groups, WithinHeads
 from ssm_dist.parallel.styles import (
     Colwise,
+    ColwiseBeforeScan,
     HeadwiseReduce,
     PackedColwise,
     ReduceAdd,
@@ -44,6 +45,7 @@ __all__ = [
     "Blocks",
     "ChannelConv",
     "Colwise",
+    "ColwiseBeforeScan",
     "Groups",
     "Headwise",
     "HeadwiseReduce",

@@ -62,7 +62,7 @@ class _Pair:
             waiting.result = waiting.call()
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), waiting.group.beside_others():
             waiting.result = waiting.call()
             waiting.done = torch.cuda.Event()
             waiting.done.record(self.stream)

@@ -120,6 +120,19 @@ def PackedColwise() -> Sharded:
 
 
 @dataclass(frozen=True)
+class BeforeScan(Sharded):
+    """The linear that a scan follows: `Sharded`, and where a sum of the other half of a step begins."""
+
+    def install(self, module: nn.Module, tp: TensorParallel) -> None:
+        module.register_forward_hook(lambda *_: begin_waiting())
+
+
+def ColwiseBeforeScan() -> BeforeScan:
+    """`Colwise` for dt_proj: see `interleaving`."""
+    return BeforeScan({"weight": 0, "bias": 0})
+
+
+@dataclass(frozen=True)
 class Rowwise(Style):
     """A linear whose inputs are split: its output is a partial sum, left for the next `ReduceAddNorm`.
 
@@ -205,16 +218,14 @@ class HeadwiseReduce(Style):
         return f"has {heads} heads, which ranks cannot share evenly"
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        span, wire = self._span(module, tp.degree), tp.reductions.x_proj
-        how = (wire.codec, wire.group_size, wire.algorithm)
-        group = tp.subgroup(span) if span > 1 else None
-
-        def after(_module: nn.Module, _inputs: object, output: Tensor) -> Tensor:
-            total = output if group is None else tp_all_reduce_spent(output, group, *how)
-            begin_waiting()  # the scan follows
-            return total
-
-        module.register_forward_hook(after)
+        span = self._span(module, tp.degree)
+        if span > 1:
+            group, wire = tp.subgroup(span), tp.reductions.x_proj
+            module.register_forward_hook(
+                lambda _module, _inputs, output: tp_all_reduce_spent(
+                    output, group, wire.codec, wire.group_size, wire.algorithm
+                )
+            )
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         span = self._span(module, degree)

@@ -13,10 +13,10 @@ from tests.ranks import run_on_ranks
 
 GPUS = torch.cuda.device_count()
 pytestmark = pytest.mark.gpu
-NAMES = ["mamba", "falcon_mamba", "zamba"]
+NAMES = ["mamba", "zamba"]
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "bulk", "process_group"])
+@pytest.mark.parametrize("algorithm", ["bulk", "process_group"])
 @pytest.mark.parametrize("degree", [2, 4])
 def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
     degree: int, algorithm: str, tmp_path: Path
@@ -24,7 +24,7 @@ def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
     if degree > GPUS:
         pytest.skip(f"needs {degree} GPUs")
     folders = {name: save_checkpoint(name, tmp_path / name) for name in NAMES}
-    found = run_on_ranks(degree, answers, folders, algorithm, device="cuda", timeout=200.0)
+    found = run_on_ranks(degree, answers, folders, algorithm, device="cuda", timeout=300.0)
     for name in NAMES:
         expected = found[0][name]["after each other"][0]
         for rank in found:

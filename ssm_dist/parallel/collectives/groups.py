@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
@@ -14,6 +16,9 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 300.0
 """How long a rank waits for the others, unless told otherwise: loading may take one rank minutes more."""
+
+BESIDE_OTHERS = 264
+"""Programs of a reduction that runs beside a scan: two a multiprocessor of an H100."""
 
 
 @dataclass(eq=False)
@@ -35,12 +40,23 @@ class Group:
     """What they shared before, for shorter messages: steps captured then still use it."""
     in_flight: torch.cuda.Event | None = None
     """The end of a reduction on another stream, which the next one has to wait for."""
+    programs: int | None = None
+    """Of a reduction of a long message at most, while others run beside it."""
 
     def next_call(self) -> None:
         """Count a reduction that is about to start; on the current stream it comes after all earlier ones."""
         self.calls += 1
         if self.in_flight is not None:
             torch.cuda.current_stream().wait_event(self.in_flight)
+
+    @contextlib.contextmanager
+    def beside_others(self) -> Iterator[None]:
+        """Reductions of long messages that start in here leave room for other kernels."""
+        self.programs = BESIDE_OTHERS
+        try:
+            yield
+        finally:
+            self.programs = None
 
 
 _groups: dict[str, Group] = {}

@@ -79,34 +79,40 @@ class SharedMemory:
         """Whether one call of the kernel for long messages can sum x (rows, width)."""
         return len(x) <= rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
 
-    def all_reduce(self, x: Tensor, algorithm: str, codec: str, group_size: int) -> Tensor:
-        """The sum of every rank's x (rows, width), which fits."""
+    def all_reduce(
+        self, x: Tensor, algorithm: str, codec: str, group_size: int, programs: int | None = None
+    ) -> Tensor:
+        """The sum of every rank's x (rows, width), which fits. programs: see `bulk_sum`."""
         x = _aligned(x)
         if algorithm != "bulk":
             return push_sum(x, self.push, two_shot=algorithm == "two_shot")
         y = torch.empty_like(x)
         most = rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
         for rows, into in zip(x.split(most), y.split(most), strict=True):
-            bulk_sum(rows, codec, group_size, self.bulk, y=into)
+            bulk_sum(rows, codec, group_size, self.bulk, programs=programs, y=into)
         return y
 
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, algorithm: str, codec: str,
-        group_size: int,
+        group_size: int, programs: int | None = None,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`kernels.add_rms_norm` of the sum."""
         if algorithm == "bulk":
-            return add_rms_norm(self.all_reduce(x, "bulk", codec, group_size), residual, weight, eps)
+            total = self.all_reduce(x, "bulk", codec, group_size, programs)
+            return add_rms_norm(total, residual, weight, eps)
         residual = None if residual is None else _aligned(residual)
         two_shot = algorithm == "two_shot"
         return push_sum_add_rms_norm(_aligned(x), residual, weight, eps, self.push, two_shot)
 
     def split_add_rms_norm(
-        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
+        programs: int | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bulk_sum_add_rms_norm`, for rows that fit in one block."""
         residual = None if residual is None else _aligned(residual)
-        return bulk_sum_add_rms_norm(_aligned(x), residual, weight, eps, codec, group_size, self.bulk)
+        return bulk_sum_add_rms_norm(
+            _aligned(x), residual, weight, eps, codec, group_size, self.bulk, programs=programs
+        )
 
 
 def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: torch.device) -> bool:

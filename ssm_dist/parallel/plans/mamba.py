@@ -2,7 +2,7 @@
 
 from ssm_dist.parallel.plan import Plan
 from ssm_dist.parallel.styles import (
-    Colwise,
+    ColwiseBeforeScan,
     HeadwiseReduce,
     PackedColwise,
     ReduceAddNorm,
@@ -17,7 +17,7 @@ MIXER_PLAN: Plan = {
     "layers.*.mixer.in_proj": PackedColwise(),
     "layers.*.mixer.conv": Sharded({"weight": 0, "bias": 0}),
     "layers.*.mixer.x_proj": HeadwiseReduce(),
-    "layers.*.mixer.dt_proj": Colwise(),
+    "layers.*.mixer.dt_proj": ColwiseBeforeScan(),
     "layers.*.mixer.out_proj": Rowwise(),
 }
 
