@@ -28,7 +28,7 @@ CASES = ["8x2048+1", "16x2048+1", "64x2048+1", "1x16384+1", "1x32768+1"]
 
 
 def stepped(llm: LLM, chunk_tokens: int, programs: int) -> None:
-    """Let the engine's next prompts be read in such steps; programs: of sums beside others, 0 for whole steps."""
+    """Let the engine read prompts in such steps; programs: of sums beside others, 0 for whole steps."""
     groups.BESIDE_OTHERS = programs
     llm.engine.graphs = Graphs(llm.loaded.device) if llm.engine.graphs is not None else None
     prefill = llm.config.prefill.model_copy(update={"chunk_tokens": chunk_tokens})

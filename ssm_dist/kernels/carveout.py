@@ -1,8 +1,8 @@
 """Kernels that are to run beside each other on a multiprocessor.
 
 A multiprocessor has one memory for its L1 cache and for shared memory, and changes their sizes only when it
-is idle. By default the driver gives a kernel that uses little shared memory a large cache; a kernel that needs
-more shared memory then waits for its end, whatever registers are free. Triton has no option for it.
+is idle. By default the driver gives a kernel that uses little shared memory a large cache; a kernel that
+needs more shared memory then waits for its end, whatever registers are free. Triton has no option for it.
 """
 
 from __future__ import annotations
