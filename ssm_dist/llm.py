@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -26,11 +25,11 @@ from ssm_dist.requests import (
     Request,
     appended,
     as_list,
+    from_bytes,
     or_error,
     parse_line,
     prepare,
-    request_fields,
-    request_of,
+    to_bytes,
 )
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.saved_states import SavedState, load_state, save_state
@@ -282,6 +281,5 @@ class LLM:
         tp = self.loaded.tp
         if tp is None:
             return make()
-        fields = [request_fields(request) for request in make()] if tp.rank == 0 else []
-        data = broadcast_bytes(json.dumps(fields).encode(), tp.group, self.loaded.device)
-        return [request_of(f) for f in json.loads(data)]
+        mine = to_bytes(make()) if tp.rank == 0 else b""
+        return from_bytes(broadcast_bytes(mine, tp.group, self.loaded.device))

@@ -61,18 +61,44 @@ def prepare(
     return Request(index, text, token_ids, params)
 
 
+def to_bytes(requests: list[Request]) -> bytes:
+    """Requests for other ranks: token ids as they are, behind the rest as JSON, whose size comes first."""
+    plain = [_plain(request) | {"token_ids": len(request.token_ids)} for request in requests]
+    head = json.dumps(plain).encode()
+    ids = b"".join(array("I", request.token_ids).tobytes() for request in requests)
+    return len(head).to_bytes(8, "little") + head + ids
+
+
+def from_bytes(data: bytes) -> list[Request]:
+    """The requests that `to_bytes` packed."""
+    ids_at = 8 + int.from_bytes(data[:8], "little")
+    requests, ids = [], memoryview(data[ids_at:]).cast("I")
+    for plain in json.loads(data[8:ids_at]):
+        count = plain["token_ids"]
+        requests.append(_of_plain(plain, ids[:count].tolist()))
+        ids = ids[count:]
+    return requests
+
+
+def _plain(request: Request) -> dict[str, Any]:
+    plain = {field.name: getattr(request, field.name) for field in fields(request)}
+    return plain | {"params": request.params.model_dump()}
+
+
+def _of_plain(plain: dict[str, Any], token_ids: list[int]) -> Request:
+    params = SamplingParams.model_validate(plain["params"])
+    return Request(**plain | {"params": params, "token_ids": token_ids})
+
+
 def request_fields(request: Request) -> dict[str, Any]:
     """A request as plain data for JSON, which is slow with numbers: the token ids are one string."""
-    plain = {field.name: getattr(request, field.name) for field in fields(request)}
     token_ids = base64.b64encode(array("I", request.token_ids).tobytes()).decode("ascii")
-    return plain | {"params": request.params.model_dump(), "token_ids": token_ids}
+    return _plain(request) | {"token_ids": token_ids}
 
 
 def request_of(plain: dict[str, Any]) -> Request:
     """The request that `request_fields` made plain."""
-    token_ids = array("I", base64.b64decode(plain["token_ids"])).tolist()
-    params = SamplingParams.model_validate(plain["params"])
-    return Request(**plain | {"params": params, "token_ids": token_ids})
+    return _of_plain(plain, array("I", base64.b64decode(plain["token_ids"])).tolist())
 
 
 def as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:

@@ -9,6 +9,7 @@ slower, and with other rounding than they have alone.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections import deque
 from dataclasses import dataclass, field
@@ -37,11 +38,11 @@ class Sequence:
     """Generated, as far as the host has read them."""
     sampled: int = 0
     """Tokens of the answer, those on their way to the host included."""
-    prompt: Tensor = field(init=False, repr=False)
-    """`prompt_ids` as int64 in host memory: what steps are made of."""
 
-    def __post_init__(self) -> None:
-        self.prompt = torch.frombuffer(array("q", self.prompt_ids), dtype=torch.int64)
+    @functools.cached_property
+    def prompt(self) -> Tensor:
+        """`prompt_ids` as int64 in host memory, made when the first step reads some of them."""
+        return torch.frombuffer(array("q", self.prompt_ids), dtype=torch.int64)
 
     @property
     def prefilled(self) -> bool:

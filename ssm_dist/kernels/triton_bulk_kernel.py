@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from ssm_dist.kernels.triton_codec_tiles import decoded, load_quantised, quantised, store_quantised
+from ssm_dist.kernels.triton_codec_tiles import (
+    RUN,
+    decoded,
+    kept_scales,
+    load_quantised,
+    quantised,
+    store_with_kept,
+)
 from ssm_dist.kernels.triton_remote import raise_flag, wait_for_flag
 
 SEND_AHEAD, COLLECT_AHEAD = tl.constexpr(2), tl.constexpr(4)
@@ -60,6 +67,7 @@ def _send_parts(
 ):  # fmt: skip
     """Encode this program's tiles of the stripe from first_row on, to slot_row of the region at `to`."""
     tile, first = tl.program_id(0), 0
+    kept = tl.zeros((ROWS, CHUNK // RUN), tl.float32)
     for _ in range(0, _chunks(stripe, width, ROWS, CHUNK), SEND_AHEAD):
         loaded = ()
         for _ in tl.static_range(SEND_AHEAD):
@@ -72,8 +80,9 @@ def _send_parts(
         for index in tl.static_range(SEND_AHEAD):
             local, exists, begin, value = loaded[index]
             payload, scale = quantised(value.to(tl.float32), CODEC, GROUP, x.dtype.element_ty)
+            kept = kept_scales(kept, scale, begin, CODEC, GROUP)
             at = _rows_at(to, slot_row + local, row_bytes)
-            store_quantised(at, exists, payload, scale, begin, width, halves, scales_at, CODEC, GROUP)
+            store_with_kept(at, exists, payload, kept, begin, width, halves, scales_at, CODEC, GROUP)
 
 
 @triton.jit
@@ -114,17 +123,22 @@ def _sum_of_parts(
 
 @triton.jit
 def _send_sum(
-    value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
+    value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
     RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Encode value (ROWS, CHUNK) and store it into the others' memories; what they decode, into y."""
+    """Encode value (ROWS, CHUNK) and store it into the others' memories; what they decode, into y.
+
+    Returns `kept_scales`.
+    """
     payload, scale = quantised(value, CODEC, GROUP, y.dtype.element_ty)
+    kept = kept_scales(kept, scale, first, CODEC, GROUP)
     for step in range(RANKS - 1):
         at = _rows_at(_peer(peers, step, RANKS) + sums_at, row, row_bytes)
-        store_quantised(at, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
+        store_with_kept(at, exists, payload, kept, first, width, halves, scales_at, CODEC, GROUP)
     column, inside = _chunk(first, width, payload.shape[1])
     own = decoded(payload, scale, CODEC).to(y.dtype.element_ty)
     tl.store(y + row[:, None] * width + column, own, mask=exists[:, None] & inside)
+    return kept
 
 
 @triton.jit
@@ -139,6 +153,7 @@ def _add_up(
         local, exists = _tile(tile, rank * stripe, rows, stripe, ROWS)
         row = rank * stripe + local
         squares = tl.zeros((ROWS,), tl.float32)
+        kept = tl.zeros((ROWS, CHUNK // RUN), tl.float32)
         for first in range(0, width, CHUNK):
             value = _sum_of_parts(
                 x, residual, parts, rank, local, residual_row, exists, first, width, halves, stripe,
@@ -150,8 +165,8 @@ def _add_up(
                 tl.store(total + local[:, None] * width + column, value, mask=inside)
                 squares += tl.sum(value * value, 1)
             else:
-                _send_sum(
-                    value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
+                kept = _send_sum(
+                    value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
                     RANKS, CODEC, GROUP,
                 )  # fmt: skip
         if WITH_NORM:
@@ -164,8 +179,8 @@ def _add_up(
                 # for every row anew, as the tile has its numbers: no other thread's are needed
                 factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
                 value = value * norm[:, None] * factor.to(tl.float32)
-                _send_sum(
-                    value, y, peers, sums_at, row, exists, first, width, halves, row_bytes, scales_at,
+                kept = _send_sum(
+                    value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
                     RANKS, CODEC, GROUP,
                 )  # fmt: skip
 

@@ -117,13 +117,11 @@ def _scales_at(at, rows, first, width, scales_at, CHUNK: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def store_quantised(
-    at, rows, payload, scale, first, width, halves, scales_at, CODEC: tl.constexpr, GROUP: tl.constexpr
-):
+def store_payload(at, rows, payload, first, width, halves, CODEC: tl.constexpr):
     """Store what `quantised` made of the columns from `first` on into the rows that begin at `at` (ROWS,).
 
-    rows (ROWS,): which rows exist; width: of a row; halves: (width + 1) // 2; scales_at: offset of scales.
-    With codec none, payload holds the numbers as they are, and there is no scale.
+    rows (ROWS,): which rows exist; width: of a row; halves: (width + 1) // 2. With codec none, payload holds
+    the numbers as they are.
     """
     CHUNK: tl.constexpr = payload.shape[1]
     column = _columns(first, CHUNK, RUN)
@@ -131,18 +129,61 @@ def store_quantised(
     if CODEC == NONE:
         typed = at.to(tl.pointer_type(payload.dtype))
         tl.store(typed[:, None] + column[None, :], payload, mask=inside)
+    elif CODEC == INT4:
+        low, high = tl.split(tl.reshape(payload, (payload.shape[0], CHUNK // 2, 2)))
+        pair = _columns(first // 2, CHUNK // 2, RUN // 2)
+        both = ((low & 15) | (high << 4)).to(tl.uint8)
+        tl.store(at[:, None] + pair[None, :], both, mask=rows[:, None] & (pair < halves)[None, :])
+    elif CODEC == FP8:
+        tl.store(at[:, None] + column[None, :], payload.to(tl.uint8, bitcast=True), mask=inside)
     else:
-        scales, _, begins = _scales_at(at, rows, first, width, scales_at, CHUNK, GROUP)
+        tl.store(at[:, None] + column[None, :], payload.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def store_quantised(
+    at, rows, payload, scale, first, width, halves, scales_at, CODEC: tl.constexpr, GROUP: tl.constexpr
+):
+    """`store_payload`, and the scales of the same columns; scales_at: their offset in a row."""
+    store_payload(at, rows, payload, first, width, halves, CODEC)
+    if CODEC != NONE:
+        scales, _, begins = _scales_at(at, rows, first, width, scales_at, payload.shape[1], GROUP)
         tl.store(scales, _flat(scale), mask=begins)
-        if CODEC == INT4:
-            low, high = tl.split(tl.reshape(payload, (payload.shape[0], CHUNK // 2, 2)))
-            pair = _columns(first // 2, CHUNK // 2, RUN // 2)
-            both = ((low & 15) | (high << 4)).to(tl.uint8)
-            tl.store(at[:, None] + pair[None, :], both, mask=rows[:, None] & (pair < halves)[None, :])
-        elif CODEC == FP8:
-            tl.store(at[:, None] + column[None, :], payload.to(tl.uint8, bitcast=True), mask=inside)
-        else:
-            tl.store(at[:, None] + column[None, :], payload.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def kept_scales(kept, scale, first, CODEC: tl.constexpr, GROUP: tl.constexpr):
+    """`kept` (ROWS, CHUNK / RUN) and the scales of the chunk at `first`, for `store_with_kept`.
+
+    A group has as many runs as chunks are kept: of each chunk, one run of every group.
+    """
+    if CODEC != NONE:
+        RUNS: tl.constexpr = GROUP // RUN
+        place = tl.arange(0, kept.shape[1]) % RUNS
+        kept = tl.where((place == first // (kept.shape[1] * RUN) % RUNS)[None, :], scale, kept)
+    return kept
+
+
+@triton.jit
+def store_with_kept(
+    at, rows, payload, kept, first, width, halves, scales_at, CODEC: tl.constexpr, GROUP: tl.constexpr
+):
+    """`store_quantised`, but scales only with the last chunk of a row, or of those that can be kept.
+
+    Over a link between GPUs, the few scales of a chunk take almost as long as all that are kept.
+    """
+    store_payload(at, rows, payload, first, width, halves, CODEC)
+    if CODEC != NONE:
+        CHUNK: tl.constexpr = payload.shape[1]
+        RUNS: tl.constexpr = GROUP // RUN
+        begin = first // (RUNS * CHUNK) * (RUNS * CHUNK)
+        if (first + CHUNK >= width) | (first + CHUNK == begin + RUNS * CHUNK):
+            run = tl.arange(0, CHUNK // RUN)
+            chunk = begin + run % RUNS * CHUNK
+            column = chunk + run // RUNS * GROUP
+            inside = rows[:, None] & ((chunk <= first) & (column < width))[None, :]
+            scales = (at + scales_at).to(tl.pointer_type(tl.float32))[:, None] + (column // GROUP)[None, :]
+            tl.store(_flat(scales), _flat(kept), mask=_flat(inside))
 
 
 @triton.jit

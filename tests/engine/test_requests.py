@@ -7,7 +7,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_dist.requests import Request, request_fields, request_of
+from ssm_dist.requests import Request, from_bytes, request_fields, request_of, to_bytes
 from ssm_dist.sampling.params import SamplingParams
 
 PARAMS = st.builds(
@@ -26,3 +26,8 @@ REQUESTS = st.builds(
 @given(REQUESTS)
 def test_a_request_survives_its_way_as_json(request):
     assert request_of(json.loads(json.dumps(request_fields(request)))) == request
+
+
+@given(st.lists(REQUESTS, max_size=4))
+def test_requests_survive_their_way_as_bytes(requests):
+    assert from_bytes(to_bytes(requests)) == requests
