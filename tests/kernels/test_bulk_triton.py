@@ -93,15 +93,15 @@ def test_the_owners_add_their_rows_of_the_residual_and_send_the_norm(
     assert_close(torch.cat(totals)[:rows], stream, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("codec", "group_size"), CODECS[:2], ids=str)
+@pytest.mark.parametrize(("codec", "group_size"), [("none", 128), ("int8", 32)], ids=str)
 def test_as_many_programs_as_one_likes_make_the_same_bits(codec: str, group_size: int) -> None:
     from ssm_dist.kernels.triton_bulk import bulk_sum, bulk_sum_add_rms_norm
 
-    world, parts, weight = BulkRanks(2, 2**20), torch.randn(2, 41, 300), torch.randn(300)
+    world, parts, weight = BulkRanks(2, 2**20), torch.randn(2, 17, 1100), torch.randn(1100)
 
     def results(programs: int | None) -> list[Tensor]:
-        """The sum, its norm and the stream, by rank; six tiles of two chunks a stripe."""
-        y, normed, total = torch.zeros_like(parts), torch.zeros_like(parts), torch.zeros(2, 21, 300)
+        """The sum, its norm and the stream, by rank; three tiles of five chunks a stripe."""
+        y, normed, total = torch.zeros_like(parts), torch.zeros_like(parts), torch.zeros(2, 9, 1100)
 
         def call(rank: int, phase: int) -> None:
             how = (codec, group_size, world.memories[rank], phase, programs)
@@ -117,7 +117,7 @@ def test_as_many_programs_as_one_likes_make_the_same_bits(codec: str, group_size
 
     expected = results(None)
     assert torch.equal(expected[0], defined_sum(parts, codec, group_size).expand_as(parts))
-    for programs in (4, 1):
+    for programs in (2, 1):
         assert all(torch.equal(*pair) for pair in zip(results(programs), expected, strict=True))
 
 
