@@ -3,14 +3,13 @@
 The last token of every sequence, and its place, stay on the device, where the decode step finds them by slot
 and leaves the next ones. So a step can be queued before the host has read the tokens of the one before. On a
 GPU, steps are captured in CUDA graphs: the decode step from slots to sampled tokens, padded to some batch
-sizes, and the prefill step up to its final hidden states, padded to some numbers of tokens and sequences.
+sizes, and the prefill step up to its final hidden states (see `prefill`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,18 +17,14 @@ from torch import Tensor
 from ssm_dist.graphs import Graphs, bucket, buckets
 from ssm_dist.models.batch import RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
-from ssm_dist.packing import Packer, PrefillNumbers, Shape, split, unpacked
-from ssm_dist.parallel.interleaving import Interleaver
+from ssm_dist.packing import Packer
+from ssm_dist.prefill import Prefill
 from ssm_dist.sampling.sampler import Sampled, Sampler
 from ssm_dist.scheduler import Chunk, Step
 from ssm_dist.state_cache import StateCache
 
-DECODE_PARTS, PREFILL_PARTS = 2, 8
-"""Sizes of captured steps between two powers of two: of batches that decode, of tokens that prefill."""
-
-PREFILL_STEP = 64
-"""Tokens between two sizes at least: fewer take as long, since the weights are read all the same."""
-
+DECODE_PARTS = 2
+"""Sizes of captured decode steps between two powers of two."""
 
 COMPILED_STEPS = 64
 """Decode steps that are compiled at most: for each kind of `Sampler.work`, for one sequence and for more."""
@@ -74,20 +69,17 @@ class Engine:
         self.cache = cache
         self.sampler = sampler
         self.graphs = graphs
-        self.overlap_tokens = overlap_tokens
         self._vocab_size = vocab_size
-        self._chunk_tokens = chunk_tokens
         self._wait = wait
         self._device = next(model.parameters()).device
         self._state = cache.state
-        self._interleaver = Interleaver(self._device)
         self._packer = Packer(cache.padding_slot, pinned=self._device.type == "cuda")
+        self.prefill = Prefill(model, cache, self._packer, chunk_tokens, overlap_tokens)
         rows = cache.max_sequences + 1
         self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
         self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
         self._decode: Callable[[Tensor], Sampled] = self._decode_step
         self._compiled = compiled
-        self._hidden: Tensor | None = None
         if compiled:
             self._decode = _compiled(self._decode_step)
 
@@ -132,60 +124,7 @@ class Engine:
 
         They hold until the next step.
         """
-        self.cache.zero_taken()
-        tokens = sum(c.length for c in chunks)
-        half = self._padded(-(-tokens // 2))
-        in_two = half < tokens and 0 < self.overlap_tokens <= tokens
-        parts = [*split(chunks, half)] if in_two else [chunks]
-        shapes = tuple(self._shape(part) for part in parts)
-        packed = self._packer.prefill(parts, shapes)
-        if self.graphs is None:
-            return torch.cat(self._prefill(packed.to(self._device), shapes))
-        hidden: Tensor = self.graphs.run(
-            ("prefill", *shapes),
-            lambda inputs: self._prefill_into_place(inputs, shapes),
-            packed,
-            lambda: self._packer.prefill([[] for _ in shapes], shapes),
-            lazy=True,
-        )
-        return hidden[:tokens]  # the first half is not padded
-
-    def _padded(self, tokens: int) -> int:
-        """The tokens of the captured step that serves so many."""
-        if self.graphs is None:
-            return tokens
-        return bucket(tokens, max(self._chunk_tokens, tokens), PREFILL_PARTS, PREFILL_STEP)
-
-    def _shape(self, chunks: list[Chunk]) -> Shape:
-        """What chunks are padded to."""
-        tokens, sequences = sum(c.length for c in chunks), len(chunks)
-        if self.graphs is None:
-            return Shape(tokens, sequences)
-        padded = self._padded(tokens)
-        sequences += padded > tokens
-        return Shape(padded, 1 << (sequences - 1).bit_length())
-
-    def _prefill_into_place(self, packed: Tensor, shapes: tuple[Shape, ...]) -> Tensor:
-        """`_prefill`, its results always in the same memory: each graph would hold its own otherwise."""
-        parts = self._prefill(packed, shapes)
-        tokens = sum(shape.tokens for shape in shapes)
-        if self._hidden is None or len(self._hidden) < tokens:
-            most = max(tokens, self._chunk_tokens)
-            self._hidden = parts[0].new_empty((most, *parts[0].shape[1:]))
-        return torch.cat(parts, out=self._hidden[:tokens])
-
-    def _prefill(self, packed: Tensor, shapes: tuple[Shape, ...]) -> list[Tensor]:
-        """The final hidden states of each part."""
-        calls = [partial(self.model, self._batch(part), self._state) for part in unpacked(packed, shapes)]
-        if len(calls) == 1:
-            return [calls[0]()]
-        return [*self._interleaver.run(*calls)]
-
-    def _batch(self, part: PrefillNumbers) -> RaggedBatch:
-        return RaggedBatch(
-            tokens=part.tokens, seq_offsets=part.offsets.int(), slots=part.slots.int(),
-            positions=part.positions, pages=self.cache.page_table(part.slots),
-        )  # fmt: skip
+        return self.prefill.hidden(chunks, self.graphs)
 
     def _first_tokens(self, hidden: Tensor, chunks: list[Chunk], ends: list[Chunk]) -> Sampled:
         """Sample what follows the prompts that end in this step."""

@@ -41,7 +41,7 @@ def _answers(folder: Path) -> Answers:
     whole = _generated(_load(folder, 0))
     llm = _load(folder, 6)
     in_turns = _generated(llm)
-    llm.engine._interleaver.run = one_by_one  # type: ignore[method-assign]
+    llm.engine.prefill.interleaver.run = one_by_one  # type: ignore[method-assign]
     return Answers(whole, in_turns, _generated(llm), pairs)
 
 

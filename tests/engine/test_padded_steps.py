@@ -40,7 +40,7 @@ class Padding:
 def test_padded_steps_on_an_exact_model_answer_as_each_request_alone(paged: bool) -> None:
     engine = exact_engine(HYBRID if paged else PURE, 4, 256)
     engine.graphs = padding = Padding()
-    engine._chunk_tokens = 16
+    engine.prefill.chunk_tokens = 16
     run = Run(engine, PrefixCache(engine.cache), None, (), 16)
     requests = [Request(i, None, p, SamplingParams(max_new_tokens=9)) for i, p in enumerate(PROMPTS)]
     answers: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}

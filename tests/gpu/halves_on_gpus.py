@@ -15,22 +15,21 @@ TIMES = 4
 Answers = list[tuple[list[int], list[float]]]
 
 
-def answers(folders: dict[str, Path], algorithm: str) -> dict[str, dict[str, list[Answers]]]:
-    """By model and way of running its halves: the same answers several times."""
-    return {name: _answers(folder, algorithm) for name, folder in folders.items()}
-
-
-def _answers(folder: Path, algorithm: str) -> dict[str, list[Answers]]:
-    after_each_other = _load(folder, algorithm, "none")
-    after_each_other.engine._interleaver.run = lambda first, second: (first(), second())  # type: ignore[method-assign,assignment]
-    loaded = {
-        "after each other": after_each_other,
-        "in turns": _load(folder, algorithm, "none"),
-        "captured": _load(folder, algorithm, "capture"),
+def answers(folders: dict[str, Path], algorithm: str) -> dict[str, dict[str, dict[str, list[Answers]]]]:
+    """By model, [compile] mode and order of the halves: the same answers several times."""
+    return {
+        name: {mode: _answers(folder, algorithm, mode) for mode in ("none", "capture")}
+        for name, folder in folders.items()
     }
+
+
+def _answers(folder: Path, algorithm: str, mode: str) -> dict[str, list[Answers]]:
+    in_turns, after_each_other = (_load(folder, algorithm, mode) for _ in range(2))
+    interleaver = after_each_other.engine.prefill.interleaver
+    interleaver.run = lambda first, second: (first(), second())  # type: ignore[method-assign,assignment]
     return {
         way: [[(c.token_ids, c.logprobs) for c in llm.generate(PROMPTS, PARAMS)] for _ in range(TIMES)]
-        for way, llm in loaded.items()
+        for way, llm in (("in turns", in_turns), ("after each other", after_each_other))
     }
 
 

@@ -36,7 +36,8 @@ def message(size: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         (2, "none", 5120, "one_shot"), (2, "none", 3_000_000, "one_shot"), (2, "none", 20_000_000, "bulk"),
         (4, "none", 5120, "one_shot"), (4, "none", 1_000_000, "two_shot"), (4, "none", 20_000_000, "bulk"),
         (3, "none", 1_000_000, "one_shot"), (6, "none", 1_000_000, "two_shot"),
-        (4, "int8", 5120, "one_shot"), (4, "int8", 20_000_000, "bulk"), (2, "int4", 2_000_000, "bulk"),
+        (4, "int8", 5120, "one_shot"), (4, "int8", 20_000_000, "bulk"), (2, "int4", 20_000_000, "bulk"),
+        (2, "int8", 2_000_000, "one_shot"),
     ],
 )  # fmt: skip
 def test_shared_memory_goes_by_size_and_ranks(ranks: int, codec: str, size: int, expected: str) -> None:

@@ -17,10 +17,6 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 300.0
 """How long a rank waits for the others, unless told otherwise: loading may take one rank minutes more."""
 
-BESIDE_OTHERS = 264
-"""Programs of a reduction that runs beside a scan: two a multiprocessor of an H100."""
-
-
 @dataclass(eq=False)
 class Group:
     """A process group as the ops know it."""
@@ -40,8 +36,8 @@ class Group:
     """What they shared before, for shorter messages: steps captured then still use it."""
     in_flight: torch.cuda.Event | None = None
     """The end of a reduction on another stream, which the next one has to wait for."""
-    programs: int | None = None
-    """Of a reduction of a long message at most, while others run beside it."""
+    beside: bool = False
+    """Whether a reduction that starts now is to leave room for other kernels."""
 
     def next_call(self) -> None:
         """Count a reduction that is about to start; on the current stream it comes after all earlier ones."""
@@ -51,12 +47,12 @@ class Group:
 
     @contextlib.contextmanager
     def beside_others(self) -> Iterator[None]:
-        """Reductions of long messages that start in here leave room for other kernels."""
-        self.programs = BESIDE_OTHERS
+        """Reductions that start in here leave room for other kernels."""
+        self.beside = True
         try:
             yield
         finally:
-            self.programs = None
+            self.beside = False
 
 
 _groups: dict[str, Group] = {}

@@ -39,6 +39,10 @@ from ssm_dist.parallel.collectives.groups import Group, group_named
 LARGEST_REGION = 384 * 2**20
 """Bytes; longer messages are summed block by block."""
 
+BESIDE_A_SCAN = {False: 1, True: 3}
+"""Programs a multiprocessor of a long sum that runs beside a scan, without and with a codec, which takes more
+instructions: H100 (benchmarks/overlap). More would take the registers that the scan's programs need."""
+
 SMALLEST_SLOT = 4096
 SLOTS = {2: 1024, 3: 1024, 4: 1024}
 FEWER_SLOTS = 512
@@ -80,13 +84,13 @@ class SharedMemory:
         return len(x) <= rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
 
     def all_reduce(
-        self, x: Tensor, algorithm: str, codec: str, group_size: int, programs: int | None = None
+        self, x: Tensor, algorithm: str, codec: str, group_size: int, beside: bool = False
     ) -> Tensor:
-        """The sum of every rank's x (rows, width), which fits. programs: see `bulk_sum`."""
+        """The sum of every rank's x (rows, width), which fits. beside: leaves room for other kernels."""
         x = _aligned(x)
         if algorithm != "bulk":
             return push_sum(x, self.push, two_shot=algorithm == "two_shot")
-        y = torch.empty_like(x)
+        y, programs = torch.empty_like(x), self._programs(codec, beside)
         most = rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
         for rows, into in zip(x.split(most), y.split(most), strict=True):
             bulk_sum(rows, codec, group_size, self.bulk, programs=programs, y=into)
@@ -94,11 +98,11 @@ class SharedMemory:
 
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, algorithm: str, codec: str,
-        group_size: int, programs: int | None = None,
+        group_size: int, beside: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`kernels.add_rms_norm` of the sum."""
         if algorithm == "bulk":
-            total = self.all_reduce(x, "bulk", codec, group_size, programs)
+            total = self.all_reduce(x, "bulk", codec, group_size, beside)
             return add_rms_norm(total, residual, weight, eps)
         residual = None if residual is None else _aligned(residual)
         two_shot = algorithm == "two_shot"
@@ -106,13 +110,21 @@ class SharedMemory:
 
     def split_add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
-        programs: int | None = None,
+        beside: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bulk_sum_add_rms_norm`, for rows that fit in one block."""
         residual = None if residual is None else _aligned(residual)
         return bulk_sum_add_rms_norm(
-            _aligned(x), residual, weight, eps, codec, group_size, self.bulk, programs=programs
-        )
+            _aligned(x), residual, weight, eps, codec, group_size, self.bulk,
+            programs=self._programs(codec, beside),
+        )  # fmt: skip
+
+    def _programs(self, codec: str, beside: bool) -> int | None:
+        """Of a long sum at most; None: as many as there is room for."""
+        if not beside:
+            return None
+        device = self.bulk.epochs.device
+        return BESIDE_A_SCAN[codec != "none"] * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: torch.device) -> bool:
