@@ -32,20 +32,6 @@ def _chunk(first, width, CHUNK: tl.constexpr):
 
 
 @triton.jit
-def _chunks(stripe, width, ROWS: tl.constexpr, CHUNK: tl.constexpr):
-    """How many there are in all tiles of this program."""
-    tiles = tl.cdiv(tl.cdiv(stripe, ROWS) - tl.program_id(0), tl.num_programs(0))
-    return tiles * tl.cdiv(width, CHUNK)
-
-
-@triton.jit
-def _after(tile, first, width, CHUNK: tl.constexpr):
-    """The tile and the first column of this program's next chunk; after its last one, no rows exist."""
-    last = first + CHUNK >= width
-    return tl.where(last, tile + tl.num_programs(0), tile), tl.where(last, 0, first + CHUNK)
-
-
-@triton.jit
 def _rows_at(base, row, row_bytes):
     """Pointers to the encoded rows `row` (ROWS,) of the region at the address `base`."""
     return tl.multiple_of((base + row * row_bytes).to(tl.pointer_type(tl.uint8)), 16)
@@ -62,27 +48,24 @@ def _peer(peers, step, RANKS: tl.constexpr):
 
 @triton.jit
 def _send_parts(
-    x, to, first_row, slot_row, rows, width, halves, stripe, row_bytes, scales_at,
+    x, to, tile, first_row, slot_row, rows, width, halves, stripe, row_bytes, scales_at,
     CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Encode this program's tiles of the stripe from first_row on, to slot_row of the region at `to`."""
-    tile, first = tl.program_id(0), 0
+    """Encode a tile of the stripe from first_row on, to slot_row of the region at `to`."""
+    local, exists = _tile(tile, first_row, rows, stripe, ROWS)
+    at = _rows_at(to, slot_row + local, row_bytes)
     kept = tl.zeros((ROWS, CHUNK // RUN), tl.float32)
-    for _ in range(0, _chunks(stripe, width, ROWS, CHUNK), SEND_AHEAD):
+    for begin in range(0, width, SEND_AHEAD * CHUNK):
         loaded = ()
-        for _ in tl.static_range(SEND_AHEAD):
-            local, exists = _tile(tile, first_row, rows, stripe, ROWS)
-            column, inside = _chunk(first, width, CHUNK)
+        for ahead in tl.static_range(SEND_AHEAD):
+            column, inside = _chunk(begin + ahead * CHUNK, width, CHUNK)
             source = x + (first_row + local)[:, None] * width + column
-            value = tl.load(source, mask=exists[:, None] & inside, other=0.0)
-            loaded += ((local, exists, first, value),)
-            tile, first = _after(tile, first, width, CHUNK)
-        for index in tl.static_range(SEND_AHEAD):
-            local, exists, begin, value = loaded[index]
-            payload, scale = quantised(value.to(tl.float32), CODEC, GROUP, x.dtype.element_ty)
-            kept = kept_scales(kept, scale, begin, CODEC, GROUP)
-            at = _rows_at(to, slot_row + local, row_bytes)
-            store_with_kept(at, exists, payload, kept, begin, width, halves, scales_at, CODEC, GROUP)
+            loaded += (tl.load(source, mask=exists[:, None] & inside, other=0.0),)
+        for ahead in tl.static_range(SEND_AHEAD):
+            first = begin + ahead * CHUNK
+            payload, scale = quantised(loaded[ahead].to(tl.float32), CODEC, GROUP, x.dtype.element_ty)
+            kept = kept_scales(kept, scale, first, CODEC, GROUP)
+            store_with_kept(at, exists, payload, kept, first, width, halves, scales_at, CODEC, GROUP)
 
 
 @triton.jit
@@ -143,72 +126,68 @@ def _send_sum(
 
 @triton.jit
 def _add_up(
-    x, residual, weight, y, total, eps, parts, peers, sums_at, rank, residual_row,
+    x, residual, weight, y, total, eps, parts, peers, sums_at, rank, residual_row, tile,
     rows, width, halves, stripe, row_bytes, scales_at,
     RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, WITH_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sum this program's tiles of the own stripe, in x and at `parts`; norm them, if asked; send."""
-    for tile in range(tl.program_id(0), tl.cdiv(stripe, ROWS), tl.num_programs(0)):
-        local, exists = _tile(tile, rank * stripe, rows, stripe, ROWS)
-        row = rank * stripe + local
-        squares = tl.zeros((ROWS,), tl.float32)
-        kept = tl.zeros((ROWS, CHUNK // RUN), tl.float32)
-        for first in range(0, width, CHUNK):
-            value = _sum_of_parts(
-                x, residual, parts, rank, local, residual_row, exists, first, width, halves, stripe,
-                row_bytes, scales_at, RANKS, CODEC, GROUP, HAS_RESIDUAL, CHUNK,
-            )  # fmt: skip
-            if WITH_NORM:
-                column, inside = _chunk(first, width, CHUNK)
-                inside &= exists[:, None]
-                tl.store(total + local[:, None] * width + column, value, mask=inside)
-                squares += tl.sum(value * value, 1)
-            else:
-                kept = _send_sum(
-                    value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
-                    RANKS, CODEC, GROUP,
-                )  # fmt: skip
+    """Sum a tile of the own stripe, in x and at `parts`; norm it, if asked; send."""
+    local, exists = _tile(tile, rank * stripe, rows, stripe, ROWS)
+    row = rank * stripe + local
+    squares = tl.zeros((ROWS,), tl.float32)
+    kept = tl.zeros((ROWS, CHUNK // RUN), tl.float32)
+    for first in range(0, width, CHUNK):
+        value = _sum_of_parts(
+            x, residual, parts, rank, local, residual_row, exists, first, width, halves, stripe,
+            row_bytes, scales_at, RANKS, CODEC, GROUP, HAS_RESIDUAL, CHUNK,
+        )  # fmt: skip
         if WITH_NORM:
-            tl.debug_barrier()  # `total` may be read back by other threads
-            norm = tl.rsqrt(squares / width + eps)
-            for first in range(0, width, CHUNK):
-                column, inside = _chunk(first, width, CHUNK)
-                inside &= exists[:, None]
-                value = tl.load(total + local[:, None] * width + column, mask=inside, other=0.0)
-                # for every row anew, as the tile has its numbers: no other thread's are needed
-                factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
-                value = value * norm[:, None] * factor.to(tl.float32)
-                kept = _send_sum(
-                    value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
-                    RANKS, CODEC, GROUP,
-                )  # fmt: skip
+            column, inside = _chunk(first, width, CHUNK)
+            inside &= exists[:, None]
+            tl.store(total + local[:, None] * width + column, value, mask=inside)
+            squares += tl.sum(value * value, 1)
+        else:
+            kept = _send_sum(
+                value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
+                RANKS, CODEC, GROUP,
+            )  # fmt: skip
+    if WITH_NORM:
+        tl.debug_barrier()  # `total` may be read back by other threads
+        norm = tl.rsqrt(squares / width + eps)
+        for first in range(0, width, CHUNK):
+            column, inside = _chunk(first, width, CHUNK)
+            inside &= exists[:, None]
+            value = tl.load(total + local[:, None] * width + column, mask=inside, other=0.0)
+            # for every row anew, as the tile has its numbers: no other thread's are needed
+            factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
+            value = value * norm[:, None] * factor.to(tl.float32)
+            kept = _send_sum(
+                value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
+                RANKS, CODEC, GROUP,
+            )  # fmt: skip
 
 
 @triton.jit
 def _collect(
-    y, sums, first_row, rows, width, halves, stripe, row_bytes, scales_at,
+    y, sums, tile, first_row, rows, width, halves, stripe, row_bytes, scales_at,
     CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Decode this program's tiles of the stripe that begins at first_row, from the region at `sums`."""
+    """Decode a tile of the stripe that begins at first_row, from the region at `sums`."""
     DTYPE: tl.constexpr = y.dtype.element_ty
-    tile, first = tl.program_id(0), 0
-    for _ in range(0, _chunks(stripe, width, ROWS, CHUNK), COLLECT_AHEAD):
+    local, exists = _tile(tile, first_row, rows, stripe, ROWS)
+    at = _rows_at(sums, first_row + local, row_bytes)
+    for begin in range(0, width, COLLECT_AHEAD * CHUNK):
         loaded = ()
-        for _ in tl.static_range(COLLECT_AHEAD):
-            local, exists = _tile(tile, first_row, rows, stripe, ROWS)
-            at = _rows_at(sums, first_row + local, row_bytes)
-            payload, scale = load_quantised(
-                at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE
+        for ahead in tl.static_range(COLLECT_AHEAD):
+            first = begin + ahead * CHUNK
+            loaded += (
+                load_quantised(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE),
             )
-            loaded += ((local, exists, first, payload, scale),)
-            tile, first = _after(tile, first, width, CHUNK)
-        for index in tl.static_range(COLLECT_AHEAD):
-            local, exists, begin, payload, scale = loaded[index]
-            value = decoded(payload, scale, CODEC).to(DTYPE)
-            column, inside = _chunk(begin, width, CHUNK)
+        for ahead in tl.static_range(COLLECT_AHEAD):
+            payload, scale = loaded[ahead]
+            column, inside = _chunk(begin + ahead * CHUNK, width, CHUNK)
             to = y + (first_row + local)[:, None] * width + column
-            tl.store(to, value, mask=exists[:, None] & inside)
+            tl.store(to, decoded(payload, scale, CODEC).to(DTYPE), mask=exists[:, None] & inside)
 
 
 # rank: the same code on all ranks, so that their bits agree; the others: nothing to gain from compiling again
@@ -221,46 +200,46 @@ def bulk_kernel(
     HAS_RESIDUAL: tl.constexpr, CODE: tl.constexpr, FLAGS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, PHASE: tl.constexpr,
 ):  # fmt: skip
-    """One program: every num_programs-th tile of ROWS rows, of all stripes of `stripe` rows.
+    """One program: every num_programs-th tile of ROWS rows, of all stripes of `stripe` rows, a tile a round.
 
     parts_at, sums_at: offsets of the regions; residual_row: the row of `residual` that this rank's stripe
-    begins at; FLAGS: bytes of a rank's flags of one phase; PHASE: ALL, or one of them. The rest: see
+    begins at; FLAGS: bytes of a rank's flags; PHASE: ALL, or one of them, for all rounds. The rest: see
     `BulkMemory` and `triton_codec_tiles`.
     """
-    program = tl.program_id(0)
-    epoch = tl.load(epochs + program) + 1
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    epoch = tl.load(epochs + program)
+    rounds = tl.cdiv(tl.cdiv(stripe, ROWS) - program, programs)  # the same on all ranks
     failed, own = error.to(tl.int64), peers[RANKS - 1]
 
-    if PHASE <= 0:
-        for step in range(RANKS - 1):
-            _send_parts(
-                x, _peer(peers, step, RANKS) + parts_at, (rank + 1 + step) % RANKS * stripe, rank * stripe,
-                rows, width, halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
-            )  # fmt: skip
-        tl.debug_barrier()
-        for step in range(RANKS - 1):
-            raise_flag(_peer(peers, step, RANKS) + rank * FLAGS + program * 4, epoch)
-    if PHASE < 0 or PHASE == 1:
-        for step in range(RANKS - 1):
-            sender = (rank + 1 + step) % RANKS
-            wait_for_flag(own + sender * FLAGS + program * 4, epoch, failed, limit, CODE + sender)
-        tl.debug_barrier()
-        _add_up(
-            x, residual, weight, y, total, eps, own + parts_at, peers, sums_at, rank, residual_row,
-            rows, width, halves, stripe, row_bytes, scales_at,
-            RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK,
-        )  # fmt: skip
-        tl.debug_barrier()
-        for step in range(RANKS - 1):
-            raise_flag(_peer(peers, step, RANKS) + (RANKS + rank) * FLAGS + program * 4, epoch)
-    if PHASE < 0 or PHASE == 2:
-        for step in range(RANKS - 1):
-            sender = (rank + 1 + step) % RANKS
-            flag = own + (RANKS + sender) * FLAGS + program * 4
-            wait_for_flag(flag, epoch, failed, limit, CODE + sender)
+    for step in range(rounds + 2):
+        tile = program + step * programs
+        if (PHASE <= 0) & (step < rounds):
+            for other in range(RANKS - 1):
+                _send_parts(
+                    x, _peer(peers, other, RANKS) + parts_at, tile, (rank + 1 + other) % RANKS * stripe,
+                    rank * stripe, rows, width, halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
+                )  # fmt: skip
+        if (PHASE != 0) & (step > 0):
+            for other in range(RANKS - 1):
+                sender = (rank + 1 + other) % RANKS
+                flag = own + sender * FLAGS + program * 4
+                wait_for_flag(flag, epoch + step, failed, limit, CODE + sender)
             tl.debug_barrier()
-            _collect(
-                y, own + sums_at, sender * stripe, rows, width, halves, stripe, row_bytes, scales_at,
-                CODEC, GROUP, ROWS, CHUNK,
+        if ((PHASE < 0) | (PHASE == 1)) & (step > 0) & (step <= rounds):
+            _add_up(
+                x, residual, weight, y, total, eps, own + parts_at, peers, sums_at, rank, residual_row,
+                tile - programs, rows, width, halves, stripe, row_bytes, scales_at,
+                RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK,
             )  # fmt: skip
-        tl.store(epochs + program, epoch)
+        if ((PHASE < 0) | (PHASE == 2)) & (step > 1):
+            for other in range(RANKS - 1):
+                _collect(
+                    y, own + sums_at, tile - 2 * programs, (rank + 1 + other) % RANKS * stripe, rows, width,
+                    halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
+                )  # fmt: skip
+        if (PHASE != 2) & (step <= rounds):
+            tl.debug_barrier()
+            for other in range(RANKS - 1):
+                raise_flag(_peer(peers, other, RANKS) + rank * FLAGS + program * 4, epoch + step + 1)
+    if (PHASE < 0) | (PHASE == 2):
+        tl.store(epochs + program, epoch + rounds + 1)
