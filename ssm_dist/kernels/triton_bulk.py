@@ -7,11 +7,20 @@ adds its rows of the residual stream in between, keeps them, and sends the norme
 split over the ranks. What a rank would send itself stays in registers, where it is encoded and decoded all
 the same: the bits of all ranks agree.
 
-Program p works on the same tiles of all stripes on all ranks, so it waits for the programs p of the others
-alone, by flags that count up: its epoch is in the device's own memory. A rank that begins a call knows that
-the others have read what it sent them in the last one, since their second flags came after that; and nobody
-sends it sums of this call before it has begun it. So regions of fixed places, one for parts and one for sums,
-need no second copy, whatever the shapes and codecs of successive calls.
+Programs work in rounds, that the link and the memory are both busy. Program p of g takes the tiles p, p + g,
+p + 2 g, ... of every stripe, on all ranks. In step s it sends its parts of its tile s, adds up tile s - 1 and
+collects tile s - 2: what has just come is still in the cache. It waits for the programs p of the others
+alone, by one flag of each, which counts the steps that they have done; its own count is in its device's
+memory. Rounds, and so steps, are as many on all ranks, whatever tiles a call has; a program that a call has no
+tile for counts on no rank.
+
+Why nothing is overwritten before it was read: within a call, every place is written once. A flag is raised
+after all reads and stores of its step, and a step adds up and collects only once the others' flags stand at
+the steps before it. So a program ends when those of the others have added up all that it sent them: a rank
+that begins a call, its kernel before being over, may send parts, whatever program, place and shape. And a
+rank stores sums only once all others have flagged a step of this call: their kernel before, and with it all
+that it collected, is over. So regions of fixed places, one for parts and one for sums, need no second copy,
+whatever the shapes and codecs of successive calls.
 """
 
 from __future__ import annotations
@@ -29,7 +38,8 @@ from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
 from ssm_dist.kernels.triton_codecs import require_codec
 
 ALL = -1
-"""Phases of a kernel: all at once. Tests play several ranks in one process, one phase after the other."""
+"""Phases of a kernel: all at once. Tests play several ranks in one process, one phase (0: parts are sent, 1:
+added up, 2: sums are collected) of all rounds after the other."""
 
 CODE = 192
 """What the error word says of a wait of this file that failed, besides the missing rank."""
@@ -39,6 +49,9 @@ PROGRAMS = 2048
 
 PROGRAMS_A_MULTIPROCESSOR = 8
 """So many are there at a time: a program that waits must not keep out those that it waits for."""
+
+CHOSEN_A_MULTIPROCESSOR = 4
+"""Unless told otherwise. More would have fewer rounds, and then little is sent while something is read."""
 
 MOST_REGISTERS = 64
 """A thread, so that they are: 65536 a multiprocessor for 8 programs of 128 threads."""
@@ -52,7 +65,7 @@ class BulkMemory:
     peers: tuple[int, ...]
     """Addresses of the ranks' memories, from the next rank on around to the own."""
     epochs: Tensor
-    """(PROGRAMS,) int32 on the device: calls that a program has taken part in."""
+    """(PROGRAMS,) int32 on the device: steps that a program has done."""
     error: Tensor
     """What `triton_remote.error_words` made: the code of a wait that failed, if one has."""
     capacity: int
@@ -72,7 +85,7 @@ def bulk_bytes(ranks: int, capacity: int) -> int:
 
 
 def _flag_bytes(ranks: int) -> int:
-    return 2 * ranks * PROGRAMS * 4
+    return ranks * PROGRAMS * 4
 
 
 def rows_that_fit(width: int, dtype: torch.dtype, codec: str, group_size: int, memory: BulkMemory) -> int:
@@ -89,7 +102,7 @@ def bulk_sum(
     """The sum of every rank's x (T, width), contiguous, in y, of its shape and dtype; see `rows_that_fit`.
 
     programs: at most so many, the same on all ranks, that other kernels run beside them; None: as many as
-    there is room for. The bits are the same.
+    are fast alone. The bits are the same.
     """
     if y is None:
         y = torch.empty_like(x)
@@ -132,8 +145,9 @@ def _launch(
     whole = residual is not None and residual.shape[0] == rows
     assert residual is None or whole or residual.shape[0] == stripe
     parts_at = _flag_bytes(memory.ranks)
-    grid = min(PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(x.device))
-    grid = grid if programs is None else min(grid, programs)
+    multiprocessors = _multiprocessors(x.device)
+    wanted = CHOSEN_A_MULTIPROCESSOR * multiprocessors if programs is None else programs
+    grid = min(wanted, PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * multiprocessors)
     with torch.cuda.device_of(x):
         launched = bulk_kernel[(grid,)](
             x, residual, weight, y, total, eps,

@@ -65,7 +65,8 @@ def _send_parts(
             first = begin + ahead * CHUNK
             payload, scale = quantised(loaded[ahead].to(tl.float32), CODEC, GROUP, x.dtype.element_ty)
             kept = kept_scales(kept, scale, first, CODEC, GROUP)
-            store_with_kept(at, exists, payload, kept, first, width, halves, scales_at, CODEC, GROUP)
+            there = exists & (first < width)
+            store_with_kept(at, there, payload, kept, first, width, halves, scales_at, CODEC, GROUP)
 
 
 @triton.jit
