@@ -11,8 +11,8 @@ Programs work in rounds, that the link and the memory are both busy. Program p o
 p + 2 g, ... of every stripe, on all ranks. In step s it sends its parts of its tile s, adds up tile s - 1 and
 collects tile s - 2: what has just come is still in the cache. It waits for the programs p of the others
 alone, by one flag of each, which counts the steps that they have done; its own count is in its device's
-memory. Rounds, and so steps, are as many on all ranks, whatever tiles a call has; a program that a call has no
-tile for counts on no rank.
+memory. Steps are as many on all ranks, whatever tiles a call has; a program that a call has no tile for
+counts on no rank.
 
 Why nothing is overwritten before it was read: within a call, every place is written once. A flag is raised
 after all reads and stores of its step, and a step adds up and collects only once the others' flags stand at
