@@ -37,10 +37,11 @@ from rich.table import Table
 from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import Case, cases
 from ssm_dist.kernel_benchmark.clock import Call, Clock
+from ssm_dist.kernel_benchmark.page import markdown
 from ssm_dist.kernel_benchmark.peers import installed_peers
 from ssm_dist.kernel_benchmark.precompile import precompile
 from ssm_dist.kernels import backend, tuning
-from ssm_dist.provenance import commit
+from ssm_dist.provenance import command, commit
 from ssm_dist.version import __version__
 
 logger = logging.getLogger(__name__)
@@ -180,7 +181,10 @@ def main(words: Sequence[str] | None = None) -> None:
     clock = Clock(device)
     ceilings = clock.ceilings()
     console = Console(width=None if sys.stdout.isatty() else 180)
-    report: dict[str, Any] = {"environment": environment(device), "backend": chosen, "ceilings": ceilings}
+    report: dict[str, Any] = {
+        "environment": environment(device), "backend": chosen, "ceilings": ceilings,
+        "command": command("ssm-dist kernels", sys.argv[1:] if words is None else words),
+    }  # fmt: skip
     if options.sweep:
         report["sweep"] = [sweep(c, clock) for c in wanted if _tunable(c)]
         rows = [_best(row) for row in report["sweep"]]
@@ -197,6 +201,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(document + "\n")
+        if not options.sweep:
+            options.out.with_suffix(".md").write_text(markdown(report))
     print(document)
 
 
@@ -217,5 +223,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ops", nargs="+", default=[], choices=kernels.__all__, help="only these")
     parser.add_argument("--sweep", action="store_true", help="time all candidate configurations instead")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no case after so many")
-    parser.add_argument("--out", type=Path, help="write the JSON document here too")
+    parser.add_argument("--out", type=Path, help="write the JSON document here too, and a page beside it")
     return parser

@@ -79,7 +79,7 @@ def _few_sequences(
 ) -> Tensor:  # fmt: skip
     (sequences, channels), (_, groups, _), rank = x.shape, given.shape, weight.shape[1]
     y = x.new_empty(x.shape)
-    config = tuning.configuration("projected_state_update", channels, x.device)
+    config = tuning.configuration("projected_state_update", sequences, x.device)
     with torch.cuda.device_of(x):
         _projected_update_kernel[(sequences * triton.cdiv(channels, config["BLOCK_D"]),)](
             x, given, weight, A_log, D, z, dt_bias, state, slots, y,
@@ -98,7 +98,7 @@ def projected_state_update(
 ) -> Tensor:  # fmt: skip
     """`ssm_dist.kernels.projected_state_update`; for many sequences, or odd sizes, by separate kernels."""
     states, groups = A_log.shape[1], given.shape[1]
-    block = tuning.configuration("projected_state_update", x.shape[1], x.device)["BLOCK_D"]
+    block = tuning.configuration("projected_state_update", x.shape[0], x.device)["BLOCK_D"]
     fits = states & (states - 1) == 0 and (groups == 1 or x.shape[1] // groups % block == 0)
     if not (fits and 0 < x.shape[0] <= MOST_SEQUENCES):
         return projected_state_update_reference(x, given, weight, A_log, D, z, dt_bias, state, slots, rms_eps)

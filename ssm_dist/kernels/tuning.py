@@ -70,9 +70,9 @@ TABLE: dict[str, dict[int, Rows]] = {
         ],
         80: [(ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2})],
     },
-    # up to 8 sequences; size: channels
+    # size: sequences, up to 8
     "projected_state_update": {
-        90: [(ANY, {"BLOCK_D": 8, "num_warps": 2})],
+        90: [(1, {"BLOCK_D": 4, "num_warps": 1}), (ANY, {"BLOCK_D": 8, "num_warps": 2})],
         80: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
     },
     # size: rows
@@ -119,7 +119,10 @@ TABLE: dict[str, dict[int, Rows]] = {
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
     },
     "linear_32": {
-        90: [(ANY, {})],
+        90: [
+            (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
+            (ANY, {}),
+        ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
     },
     "linear_64": {

@@ -287,7 +287,7 @@ def compile_all(shapes: list[Shape], more: list[Form]) -> None:
     todo: dict[str, tuple[Run, dict[str, Any]]] = {}
     for shape in shapes:
         for form in [*forms_for(shape), *more]:
-            small = dataclasses.replace(form, chunk=min(form.chunk, 32), cut=0, whole=min(form.whole, 1))
+            small = dataclasses.replace(form, chunk=min(form.chunk, 32), cut=0)
             todo.setdefault(name_of(small), (gluon(small), {"channels": shape[2]}))
     for case, forms in EDGES:
         for form in forms:
