@@ -34,10 +34,11 @@ def _about(report: dict[str, Any]) -> str:
     if not ceilings:
         return "The definitions alone, to try the program."
     own = "" if nominal is None else f"; on paper the memory has {nominal / 1e12:.2f}"
+    copy = f"{ceilings['bytes'] / 1e12:.2f} TB/s"
     return (
-        f"The floor counts bytes at the rate of a large copy by the driver, {ceilings['bytes'] / 1e12:.2f} TB/s in "
-        f"this run, which kernels can exceed{own}. Peers run in the same process, on the layouts that they want; "
-        "× is how many times faster ours is."
+        f"The floor counts bytes at the rate of a large copy by the driver, {copy} in this run, which kernels can "
+        f"exceed{own}. Peers run in the same process, on the layouts that they want; × is how many times "
+        "faster ours is."
     )
 
 
