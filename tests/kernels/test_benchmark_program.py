@@ -27,7 +27,7 @@ def test_every_op_is_timed_and_the_last_line_is_one_document(
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert report == json.loads((tmp_path / "new" / "kernels.json").read_text())
     page = (tmp_path / "new" / "kernels.md").read_text()
-    assert page.count("\n| ") == len(report["rows"]) + 2 * len(names)  # a heading and a line below it, for each
+    assert page.count("\n| ") == len(report["rows"]) + 2 * len(names)  # two lines at the head of a table
     assert {row["op"] for row in report["rows"]} == set(ops)
     assert {row["degree"] for row in report["rows"]} == {1, 2}
     assert all(row["us"] > 0 and row["reference_us"] > 0 for row in report["rows"])
