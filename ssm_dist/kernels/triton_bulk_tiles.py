@@ -179,17 +179,23 @@ def add_up(
     if WITH_NORM:
         tl.debug_barrier()  # `total` may be read back by other threads
         norm = tl.rsqrt(squares / width + eps)
-        for first in range(0, width, CHUNK):
-            column, inside = _chunk(first, width, CHUNK)
-            inside &= exists[:, None]
-            value = tl.load(total + local[:, None] * width + column, mask=inside, other=0.0)
-            # for every row anew, as the tile has its numbers: no other thread's are needed
-            factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
-            value = value * norm[:, None] * factor.to(tl.float32)
-            kept = _send_sum(
-                value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
-                RANKS, CODEC, GROUP,
-            )  # fmt: skip
+        for begin in range(0, width, AHEAD * CHUNK):
+            loaded = ()
+            for ahead in tl.static_range(AHEAD):
+                column, inside = _chunk(begin + ahead * CHUNK, width, CHUNK)
+                inside &= exists[:, None]
+                value = tl.load(total + local[:, None] * width + column, mask=inside, other=0.0)
+                # for every row anew, as the tile has its numbers: no other thread's are needed
+                factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
+                loaded += ((value, factor),)
+            for ahead in tl.static_range(AHEAD):
+                value, factor = loaded[ahead]
+                first = begin + ahead * CHUNK
+                kept = _send_sum(
+                    value * norm[:, None] * factor.to(tl.float32), y, peers, sums_at, kept, row,
+                    exists & (first < width), first, width, halves, row_bytes, scales_at,
+                    RANKS, CODEC, GROUP,
+                )  # fmt: skip
 
 
 @triton.jit
