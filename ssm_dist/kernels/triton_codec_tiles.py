@@ -39,12 +39,24 @@ def over(v, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def on_e4m3_grid(v):
-    """v, below 464, rounded to the nearest e4m3; for the interpreter, whose conversion loses carries."""
+def e4m3_code(v):
+    """v, of at most 448, rounded to the nearest e4m3, as its eight bits in an int32.
+
+    By arithmetic: between a conversion by the hardware and a use of its bytes after a branch, ptxas 12 mixes
+    up registers, and Triton's interpreter loses carries.
+    """
     bits, size = v.to(tl.int32, bitcast=True), tl.abs(v)
     normal = (bits + 0x7FFFF + ((bits >> 20) & 1)) & 0x7FF00000
     below = ((size + ROUNDER / 512) - ROUNDER / 512).to(tl.int32, bitcast=True)
-    return (tl.where(size < 0.015625, below, normal) | (bits & -0x80000000)).to(tl.float32, bitcast=True)
+    nearest = tl.where(size < 0.015625, below, normal).to(tl.float32, bitcast=True)
+    return ((nearest * 2.0**-120).to(tl.int32, bitcast=True) >> 20) | ((bits >> 24) & 0x80)
+
+
+@triton.jit
+def of_e4m3_code(code):
+    """The inverse of `e4m3_code`, float32; of NaN's code, 480."""
+    code = code.to(tl.int32)
+    return (((code & 0x80) << 24) | ((code & 0x7F) << 20)).to(tl.float32, bitcast=True) * 2.0**120
 
 
 @triton.jit
@@ -55,7 +67,7 @@ def _runs(x):
 
 @triton.jit
 def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """x (ROWS, CHUNK) float32 -> payload of that shape (int32; float8 for fp8), scales (ROWS, CHUNK / RUN).
+    """x (ROWS, CHUNK) float32 -> payload of that shape, int32, and scales (ROWS, CHUNK / RUN).
 
     As `codec_primitives.quantize`, the scale of a group repeated for each of its runs; with codec none, x in
     DTYPE, and nothing to use as scales.
@@ -75,7 +87,7 @@ def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
             step = over(tl.maximum(amax, 448.0 * SMALLEST_SCALE), 448.0)
             scaled = tl.div_rn(runs, tl.broadcast_to(step[:, :, None], runs.shape))
             limited = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
-            coded = (on_e4m3_grid(limited) if INTERPRETED else limited).to(tl.float8e4nv)
+            coded = e4m3_code(limited)
         else:
             TOP: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
             step = tl.maximum(over(amax, TOP), SMALLEST_SCALE)
@@ -89,7 +101,7 @@ def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
 @triton.jit
 def decoded(payload, scale, CODEC: tl.constexpr):
     """What others decode of a payload (ROWS, CHUNK) and its scales, bit for bit: (ROWS, CHUNK) float32."""
-    x = payload.to(tl.float32)
+    x = of_e4m3_code(payload) if CODEC == FP8 else payload.to(tl.float32)
     if CODEC != NONE:
         x = tl.reshape(_runs(x) * scale[:, :, None], x.shape)
     return x
@@ -134,8 +146,6 @@ def store_payload(at, rows, payload, first, width, halves, CODEC: tl.constexpr):
         pair = _columns(first // 2, CHUNK // 2, RUN // 2)
         both = ((low & 15) | (high << 4)).to(tl.uint8)
         tl.store(at[:, None] + pair[None, :], both, mask=rows[:, None] & (pair < halves)[None, :])
-    elif CODEC == FP8:
-        tl.store(at[:, None] + column[None, :], payload.to(tl.uint8, bitcast=True), mask=inside)
     else:
         tl.store(at[:, None] + column[None, :], payload.to(tl.uint8), mask=inside)
 
@@ -207,9 +217,9 @@ def load_quantised(
             both = tl.load(at[:, None] + pair[None, :], mask=within, other=0).to(tl.int32)
             payload = tl.reshape(tl.join((both << 28) >> 28, (both << 24) >> 28), (at.shape[0], CHUNK))
         else:
-            raw = tl.load(at[:, None] + column[None, :], mask=inside, other=0)
-            KIND: tl.constexpr = tl.float8e4nv if CODEC == FP8 else tl.int8
-            payload = raw.to(KIND, bitcast=True)
+            payload = tl.load(at[:, None] + column[None, :], mask=inside, other=0)
+            if CODEC == INT8:
+                payload = payload.to(tl.int8, bitcast=True)
     return payload, scale
 
 
