@@ -48,10 +48,10 @@ class Prefill:
         self._cache.zero_taken()
         tokens = sum(c.length for c in chunks)
         parts = self._parts(chunks, tokens, padded=graphs is not None)
-        shapes = tuple(self._shape(part, padded=graphs is not None) for part in parts)
+        shapes = self._shapes(parts, padded=graphs is not None)
         packed = self._packer.prefill(parts, shapes)
         if graphs is None:
-            return _joined(self._run(packed.to(self._device), shapes))
+            return _joined(self._run(packed.to(self._device, non_blocking=True), shapes))
         hidden: Tensor = graphs.run(
             ("prefill", *shapes),
             lambda inputs: self._run_into_place(inputs, shapes),
@@ -69,14 +69,14 @@ class Prefill:
             return [*split(chunks, half)]
         return [chunks]
 
-    def _shape(self, chunks: list[Chunk], *, padded: bool) -> Shape:
-        """What chunks are padded to, if they are."""
-        tokens, sequences = sum(c.length for c in chunks), len(chunks)
-        if not padded:
-            return Shape(tokens, sequences)
-        size = self._bucket(tokens)
-        sequences += size > tokens
-        return Shape(size, 1 << (sequences - 1).bit_length())
+    def _shapes(self, parts: list[list[Chunk]], *, padded: bool) -> tuple[Shape, ...]:
+        """What the parts are padded to, if they are: to as many sequences each, so that shapes come again."""
+        shapes = [Shape(sum(c.length for c in part), len(part)) for part in parts]
+        if padded:
+            sizes = [self._bucket(tokens) for tokens, _ in shapes]
+            most = max(n + (size > tokens) for size, (tokens, n) in zip(sizes, shapes, strict=True))
+            shapes = [Shape(size, 1 << (most - 1).bit_length()) for size in sizes]
+        return tuple(shapes)
 
     def _bucket(self, tokens: int) -> int:
         return bucket(tokens, max(self.chunk_tokens, tokens), PARTS, LEAST_STEP)
@@ -86,7 +86,7 @@ class Prefill:
         parts = self._run(packed, shapes)
         tokens = sum(shape.tokens for shape in shapes)
         if self._hidden is None or len(self._hidden) < tokens:
-            most = max(tokens, self.chunk_tokens)
+            most = max(tokens, self.chunk_tokens, 2 * self._bucket(-(-self.chunk_tokens // 2)))
             self._hidden = parts[0].new_empty((most, *parts[0].shape[1:]))
         return torch.cat(parts, out=self._hidden[:tokens])
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 from typing import Any
+
+logger = logging.getLogger(__name__)
 
 _PREFERRED_CARVEOUT = 9
 """CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT of the CUDA driver's interface; in per cent."""
@@ -26,7 +29,9 @@ def let_others_beside(launched: Any) -> None:
     if function is None or function in _prepared:
         return
     _prepared.add(function)
-    _driver().cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, 100)
+    refused = _driver().cuFuncSetAttribute(ctypes.c_void_p(function), _PREFERRED_CARVEOUT, 100)
+    if refused:
+        logger.info("kernels: the driver keeps its size of the L1 cache (error %d), less overlaps", refused)
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from the first half into the second, whose layers each follow the same layer of 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -47,26 +48,42 @@ class _Pair:
 
     def __init__(self, stream: torch.cuda.Stream | None) -> None:
         self.stream = stream
-        self.waiting: _Sum | None = None
+        self.left: _Sum | None = None
         self.failed = False
+        self.groups: set[Group] = set()
+        """Whose sums the second stream was given."""
         self.halves = (_Half(self), _Half(self))
         self.halves[0].other, self.halves[1].other = self.halves[1], self.halves[0]
 
-    def begin_waiting(self) -> None:
-        """Give the device the sum that waits, after what it has been given so far."""
-        waiting, self.waiting = self.waiting, None
-        if waiting is None:
+    def begin_left(self, *, before_scan: bool) -> None:
+        """Give the device the sum that was left, after what it has been given so far.
+
+        before_scan: a scan is given to it next, for which the sum is to leave room.
+        """
+        if self.failed:
+            raise _OtherHasFailed
+        left, self.left = self.left, None
+        if left is None:
             return
-        waiting.begun = True
+        left.begun = True
         if self.stream is None:
-            waiting.result = waiting.call()
+            left.result = left.call()
             return
+        self.groups.add(left.group)
         self.stream.wait_stream(torch.cuda.current_stream(self.stream.device))
-        with torch.cuda.stream(self.stream), waiting.group.beside_others():
-            waiting.result = waiting.call()
-            waiting.done = torch.cuda.Event()
-            waiting.done.record(self.stream)
-        waiting.group.in_flight = waiting.done
+        with torch.cuda.stream(self.stream), left.group.leaving_room(before_scan):
+            left.result = left.call()
+            left.done = torch.cuda.Event()
+            left.done.record(self.stream)
+        left.group.in_flight = left.done
+
+    def close(self) -> None:
+        """After the end of both halves, however they ended: nothing is left to wait for or to hold."""
+        self.left = None
+        for group in self.groups:
+            group.in_flight = None
+        if self.groups and self.stream is not None:
+            torch.cuda.current_stream(self.stream.device).wait_stream(self.stream)
 
 
 class _Half:
@@ -94,40 +111,52 @@ class _Half:
             self.ended = True
             self.other.turn.release()
 
+    def sum(self, call: Callable[[], Result], group: Group) -> Result:
+        """`call()`, begun while the other half runs."""
+        self.pair.begin_left(before_scan=False)
+        mine = _Sum(call, group)
+        self.pair.left = mine
+        if not self.other.ended:
+            self.other.turn.release()
+            self._wait_for_turn()
+        if not mine.begun:
+            self.pair.begin_left(before_scan=False)
+        if mine.done is not None:
+            torch.cuda.current_stream().wait_event(mine.done)
+            group.in_flight = None
+        return cast(Result, mine.result)
+
     def _wait_for_turn(self) -> None:
         """Return when the other half has handed over, or has ended."""
         self.turn.acquire()
         if self.pair.failed:
             raise _OtherHasFailed
 
-    def sum(self, call: Callable[[], Result], group: Group) -> Result:
-        """`call()`, begun while the other half runs."""
-        self.pair.begin_waiting()
-        mine = _Sum(call, group)
-        self.pair.waiting = mine
-        if not self.other.ended:
-            self.other.turn.release()
-            self._wait_for_turn()
-        if not mine.begun:
-            self.pair.begin_waiting()
-        if mine.done is not None:
-            torch.cuda.current_stream().wait_event(mine.done)
-            group.in_flight = None
-        return cast(Result, mine.result)
-
 
 class Interleaver:
     """Runs pairs of calls, turn by turn; ranks that make the same calls do so in the same order."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._second = ThreadPoolExecutor(1, thread_name_prefix="second half")
+        self._device = device
+
+    @functools.cached_property
+    def _stream(self) -> torch.cuda.Stream | None:
+        """Where sums run beside the other half; on a CPU nothing runs beside anything."""
+        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+
+    @functools.cached_property
+    def _second(self) -> ThreadPoolExecutor:
+        """The thread of second halves. Left to itself, it would open a context on the first GPU, too."""
+        gpu = self._device.type == "cuda"
+        enter = functools.partial(torch.cuda.set_device, self._device) if gpu else None
+        return ThreadPoolExecutor(1, "second half", enter)
 
     def run(self, first: Callable[[], Result], second: Callable[[], Result]) -> tuple[Result, Result]:
         """Both results. Raises what one of them raised first."""
-        mine, other = _Pair(self._stream).halves
+        pair = _Pair(self._stream)
+        mine, other = pair.halves
         inference = torch.is_inference_mode_enabled()
-        stream = None if self._stream is None else torch.cuda.current_stream(self._stream.device)
+        stream = None if self._stream is None else torch.cuda.current_stream(self._device)
 
         def follow() -> Result:  # these modes belong to a thread
             on_stream = contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
@@ -136,14 +165,16 @@ class Interleaver:
 
         following = self._second.submit(follow)
         try:
-            result = mine.run(first)
+            return mine.run(first), following.result()
         except _OtherHasFailed:
             following.result()
             raise
         except BaseException:
+            pair.failed = True
             following.exception()  # it has ended before anybody goes on
             raise
-        return result, following.result()
+        finally:
+            pair.close()
 
 
 def beside(call: Callable[[], Result], group: str) -> Result:
@@ -154,11 +185,11 @@ def beside(call: Callable[[], Result], group: str) -> Result:
     return half.sum(call, group_named(group))
 
 
-def begin_waiting() -> None:
-    """Where a scan follows: begin the other half's sum, if there is one."""
+def begin_left_sum() -> None:
+    """Where a scan follows: begin the sum that the other half has left, if there is one."""
     half = _half()
     if half is not None:
-        half.pair.begin_waiting()
+        half.pair.begin_left(before_scan=True)
 
 
 def _half() -> _Half | None:

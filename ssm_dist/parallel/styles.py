@@ -23,7 +23,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
 )
-from ssm_dist.parallel.interleaving import begin_waiting, beside
+from ssm_dist.parallel.interleaving import begin_left_sum, beside
 from ssm_dist.parallel.mesh import TensorParallel
 
 
@@ -124,7 +124,7 @@ class BeforeScan(Sharded):
     """The linear that a scan follows: `Sharded`, and where a sum of the other half of a step begins."""
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        module.register_forward_hook(lambda *_: begin_waiting())
+        module.register_forward_hook(lambda *_: begin_left_sum())
 
 
 def ColwiseBeforeScan() -> BeforeScan:

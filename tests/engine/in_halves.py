@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from ssm_dist import LLM, SamplingParams
+from ssm_dist.parallel import interleaving
 
 PROMPTS: list[Any] = [[(5 * i + j) % 90 for j in range(n)] for i, n in enumerate((9, 9, 40, 1, 3, 25, 2))]
 PARAMS = SamplingParams(max_new_tokens=5, ignore_eos=True, logprobs=0)
@@ -23,6 +26,8 @@ class Answers:
     """By the same halves, the second begun after the end of the first."""
     pairs: int
     """Steps that were halved."""
+    beside: int
+    """Sums of in_turns that began in the thread of the half whose sum they are not."""
 
 
 def answers(folders: dict[str, Path]) -> dict[str, Answers]:
@@ -40,9 +45,26 @@ def _answers(folder: Path) -> Answers:
 
     whole = _generated(_load(folder, 0))
     llm = _load(folder, 6)
-    in_turns = _generated(llm)
+    owners, beside = dict[int, int](), 0
+    begin = interleaving._Pair.begin_left
+    leave = interleaving._Sum.__init__
+
+    def left(self: Any, *args: Any) -> None:
+        owners[id(self)] = threading.get_ident()
+        leave(self, *args)
+
+    def begun(self: Any, *, before_scan: bool) -> None:
+        nonlocal beside
+        beside += before_scan and self.left is not None and owners[id(self.left)] != threading.get_ident()
+        begin(self, before_scan=before_scan)
+
+    with (
+        mock.patch.multiple(interleaving._Pair, begin_left=begun),
+        mock.patch.multiple(interleaving._Sum, __init__=left),
+    ):
+        in_turns = _generated(llm)
     llm.engine.prefill.interleaver.run = one_by_one  # type: ignore[method-assign]
-    return Answers(whole, in_turns, _generated(llm), pairs)
+    return Answers(whole, in_turns, _generated(llm), pairs, beside)
 
 
 def _load(folder: Path, overlap_tokens: int) -> LLM:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from ssm_dist import LLM, SamplingParams
+from ssm_dist import LLM, SamplingParams, prefill
 from ssm_dist.generation import Run
 from ssm_dist.graphs import bucket, buckets
 from ssm_dist.prefix_cache import PrefixCache
@@ -24,7 +24,7 @@ class Padding:
     """In the place of `Graphs`: runs every step as it would be captured, after an idle one."""
 
     def __init__(self) -> None:
-        self.keys: list[Hashable] = []
+        self.keys: list[Any] = []
 
     def run(
         self, key: Hashable, function: Callable[[Tensor], Any], numbers: Tensor,
@@ -36,11 +36,15 @@ class Padding:
         return function(numbers)
 
 
+@pytest.mark.parametrize("overlap_tokens", [0, 4])
 @pytest.mark.parametrize("paged", [False, True])
-def test_padded_steps_on_an_exact_model_answer_as_each_request_alone(paged: bool) -> None:
+def test_padded_steps_on_an_exact_model_answer_as_each_request_alone(
+    paged: bool, overlap_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "LEAST_STEP", 2)  # so that short steps have padded halves
     engine = exact_engine(HYBRID if paged else PURE, 4, 256)
     engine.graphs = padding = Padding()
-    engine.prefill.chunk_tokens = 16
+    engine.prefill.chunk_tokens, engine.prefill.overlap_tokens = 16, overlap_tokens
     run = Run(engine, PrefixCache(engine.cache), None, (), 16)
     requests = [Request(i, None, p, SamplingParams(max_new_tokens=9)) for i, p in enumerate(PROMPTS)]
     answers: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
@@ -48,6 +52,8 @@ def test_padded_steps_on_an_exact_model_answer_as_each_request_alone(paged: bool
         answers[event.index].append(event.token_id)
     assert answers == {i: exact_continuation(p, 9, paged=paged) for i, p in enumerate(PROMPTS)}
     assert {key[0] for key in padding.keys} == {"prefill", "decode"}
+    halved = [key for key in padding.keys if key[0] == "prefill" and len(key) > 2]
+    assert bool(halved) == bool(overlap_tokens)
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "zamba"])

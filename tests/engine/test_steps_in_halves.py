@@ -26,6 +26,7 @@ def test_halves_in_turns_give_the_bits_of_one_after_the_other(degree: int, tmp_p
     for found in run_on_ranks(degree, answers, folders):
         for name in names:
             assert found[name].in_turns == found[name].after_each_other and found[name].pairs > 3
+            assert found[name].beside >= 2 * found[name].pairs  # at least a layer's sum of either half
             for (tokens, logprobs), (other, others) in zip(
                 found[name].in_turns, found[name].whole, strict=True
             ):

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 NAMES = ["mamba", "zamba"]
 
 
-@pytest.mark.parametrize("algorithm", ["bulk", "process_group"])
+@pytest.mark.parametrize("algorithm", ["bulk", "one_shot", "process_group"])
 @pytest.mark.parametrize("degree", [2, 4])
 def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
     degree: int, algorithm: str, tmp_path: Path

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from ssm_dist.parallel.collectives.groups import _groups, register_lone_rank
-from ssm_dist.parallel.interleaving import Interleaver, begin_waiting, beside
+from ssm_dist.parallel import interleaving
+from ssm_dist.parallel.collectives.groups import _groups, group_named, register_lone_rank
+from ssm_dist.parallel.interleaving import Interleaver, begin_left_sum, beside
 
 Run = Callable[[], str]
 
@@ -32,7 +33,7 @@ def half(name: str, layers: int, log: list[str], group: str, *, scans: bool = Tr
         for layer in range(layers):
             log.append(f"{name}{layer} product")
             if scans:
-                begin_waiting()
+                begin_left_sum()
             log.append(f"{name}{layer} scan")
 
             def add_up(layer: int = layer) -> str:
@@ -96,6 +97,18 @@ def test_an_error_in_one_half_ends_both(who: str, where: str, group: str, interl
     with pytest.raises(ValueError, match="no more"):
         interleaver.run(*((failing, good) if who == "first" else (good, failing)))
     assert interleaver.run(half("a", 1, [], group), half("b", 1, [], group)) == ("a0 ", "b0 ")
+
+
+def test_after_one_half_has_failed_the_other_begins_no_sum(group: str) -> None:
+    """Nor goes on: an interrupt ends the half that waits for its turn while the other one runs."""
+    pair, log = interleaving._Pair(None), list[str]()
+    pair.left = interleaving._Sum(lambda: log.append("a sum that was left"), group_named(group))
+    pair.failed = True
+    with pytest.raises(interleaving._OtherHasFailed):
+        pair.begin_left(before_scan=True)
+    with pytest.raises(interleaving._OtherHasFailed):
+        pair.halves[1].sum(lambda: log.append("another sum"), group_named(group))
+    assert not log
 
 
 def test_both_halves_run_in_the_caller_s_modes(group: str, interleaver: Interleaver) -> None:

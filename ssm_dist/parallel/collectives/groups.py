@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 TIMEOUT_SECONDS = 300.0
 """How long a rank waits for the others, unless told otherwise: loading may take one rank minutes more."""
 
+
 @dataclass(eq=False)
 class Group:
     """A process group as the ops know it."""
@@ -36,8 +37,8 @@ class Group:
     """What they shared before, for shorter messages: steps captured then still use it."""
     in_flight: torch.cuda.Event | None = None
     """The end of a reduction on another stream, which the next one has to wait for."""
-    beside: bool = False
-    """Whether a reduction that starts now is to leave room for other kernels."""
+    leaves_room: bool = False
+    """Whether a reduction that starts now is to leave room for a scan."""
 
     def next_call(self) -> None:
         """Count a reduction that is about to start; on the current stream it comes after all earlier ones."""
@@ -46,13 +47,13 @@ class Group:
             torch.cuda.current_stream().wait_event(self.in_flight)
 
     @contextlib.contextmanager
-    def beside_others(self) -> Iterator[None]:
-        """Reductions that start in here leave room for other kernels."""
-        self.beside = True
+    def leaving_room(self, wanted: bool) -> Iterator[None]:
+        """Reductions that start in here leave room for a scan beside them, if that is wanted."""
+        self.leaves_room = wanted
         try:
             yield
         finally:
-            self.beside = False
+            self.leaves_room = False
 
 
 _groups: dict[str, Group] = {}

@@ -66,7 +66,7 @@ def tp_all_reduce_add_rms_norm(
         chosen = _chosen(ranks, partial, codec, group_size, algorithm, with_norm=True)
         if chosen not in ON_THE_PROCESS_GROUP:
             return ranks.memory.all_reduce_add_rms_norm(
-                partial, residual, weight, eps, chosen, codec, group_size, ranks.beside
+                partial, residual, weight, eps, chosen, codec, group_size, ranks.leaves_room
             )
     return add_rms_norm(_reduced(partial, ranks, codec, group_size, algorithm, name), residual, weight, eps)
 
@@ -96,7 +96,7 @@ def tp_all_reduce_add_rms_norm_split(
     if _chosen(ranks, partial, codec, group_size, algorithm, with_norm=True) == "bulk":
         assert ranks.memory is not None
         return ranks.memory.split_add_rms_norm(
-            partial, residual, weight, eps, codec, group_size, ranks.beside
+            partial, residual, weight, eps, codec, group_size, ranks.leaves_room
         )
     call = Call.of(ranks, "all-reduce with norm", partial)
     return exchange_add_rms_norm(partial, residual, weight, eps, call, codec, group_size)
@@ -150,7 +150,7 @@ def _reduced(x: Tensor, group: Group, codec: str, group_size: int, algorithm: st
     if chosen == "exchange":
         return exchange(x, Call.of(group, name, x), codec, group_size)
     assert group.memory is not None
-    return group.memory.all_reduce(x, chosen, codec, group_size, group.beside)
+    return group.memory.all_reduce(x, chosen, codec, group_size, group.leaves_room)
 
 
 def _chosen(

@@ -84,13 +84,13 @@ class SharedMemory:
         return len(x) <= rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
 
     def all_reduce(
-        self, x: Tensor, algorithm: str, codec: str, group_size: int, beside: bool = False
+        self, x: Tensor, algorithm: str, codec: str, group_size: int, leaves_room: bool = False
     ) -> Tensor:
-        """The sum of every rank's x (rows, width), which fits. beside: leaves room for other kernels."""
+        """The sum of every rank's x (rows, width), which fits. leaves_room: for a scan beside it."""
         x = _aligned(x)
         if algorithm != "bulk":
             return push_sum(x, self.push, two_shot=algorithm == "two_shot")
-        y, programs = torch.empty_like(x), self._programs(codec, beside)
+        y, programs = torch.empty_like(x), self._programs(codec, leaves_room)
         most = rows_that_fit(x.shape[1], x.dtype, codec, group_size, self.bulk)
         for rows, into in zip(x.split(most), y.split(most), strict=True):
             bulk_sum(rows, codec, group_size, self.bulk, programs=programs, y=into)
@@ -98,11 +98,11 @@ class SharedMemory:
 
     def all_reduce_add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, algorithm: str, codec: str,
-        group_size: int, beside: bool = False,
+        group_size: int, leaves_room: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`kernels.add_rms_norm` of the sum."""
         if algorithm == "bulk":
-            total = self.all_reduce(x, "bulk", codec, group_size, beside)
+            total = self.all_reduce(x, "bulk", codec, group_size, leaves_room)
             return add_rms_norm(total, residual, weight, eps)
         residual = None if residual is None else _aligned(residual)
         two_shot = algorithm == "two_shot"
@@ -110,18 +110,18 @@ class SharedMemory:
 
     def split_add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
-        beside: bool = False,
+        leaves_room: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bulk_sum_add_rms_norm`, for rows that fit in one block."""
         residual = None if residual is None else _aligned(residual)
         return bulk_sum_add_rms_norm(
             _aligned(x), residual, weight, eps, codec, group_size, self.bulk,
-            programs=self._programs(codec, beside),
+            programs=self._programs(codec, leaves_room),
         )  # fmt: skip
 
-    def _programs(self, codec: str, beside: bool) -> int | None:
+    def _programs(self, codec: str, leaves_room: bool) -> int | None:
         """Of a long sum at most; None: as many as there is room for."""
-        if not beside:
+        if not leaves_room:
             return None
         device = self.bulk.epochs.device
         return BESIDE_A_SCAN[codec != "none"] * torch.cuda.get_device_properties(device).multi_processor_count
