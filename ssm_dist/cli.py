@@ -12,6 +12,7 @@ import importlib
 import logging
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ from ssm_dist.version import __version__
 
 INTERRUPTED = 130
 BROKEN_PIPE = 141
+
+MOST_SECONDS_TO_LEAVE = 10.0
+"""A job that has done its work ends, whatever a communicator still waits for."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,10 +85,12 @@ def _describe(name: str) -> str:
 
 def _close_ranks() -> None:
     """Leave the process group, if the command has joined one; a rank ends here, its work done."""
+    gc.collect()  # what the job held goes first: communicators wait for steps that were captured with them
     if "ssm_dist.ranks" in sys.modules:
-        sys.modules["ssm_dist.ranks"].close_ranks()
+        leaving = threading.Thread(target=sys.modules["ssm_dist.ranks"].close_ranks, daemon=True)
+        leaving.start()
+        leaving.join(MOST_SECONDS_TO_LEAVE)
     if "RANK" in os.environ:
-        gc.collect()  # what the job held goes first, temporary folders with it
         # gloo's threads may outlive the interpreter's teardown, and would then abort a job that went well
         sys.stdout.flush()
         sys.stderr.flush()

@@ -6,7 +6,7 @@ import contextlib
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 import tyro
 from pydantic import BaseModel
@@ -26,7 +26,7 @@ def read_flags(
     explanation = io.StringIO()
     try:
         with contextlib.redirect_stderr(explanation):
-            return tyro.cli(
+            found: dict[str, Any] = tyro.cli(
                 _arguments(schema),
                 prog=prog,
                 description=description,
@@ -38,6 +38,11 @@ def read_flags(
         if not stop.code:
             raise
         raise UserError(_plain(explanation.getvalue())) from None
+    for name, given in found.items():
+        if name in schema.model_fields:
+            fields = getattr(schema.model_fields[name].annotation, "model_fields", {})
+            given |= {key: value == "true" for key, value in given.items() if fields[key].annotation is bool}
+    return found
 
 
 def _arguments(schema: type[BaseModel]) -> Any:
@@ -57,8 +62,10 @@ def _section(name: str, section: Any) -> Any:
 
 def _flag(field: FieldInfo) -> Any:
     default = field.default if field.default not in (None, ()) else "none"
+    default = str(default).lower() if field.annotation is bool else default
     hint = f"(default: {default})"
-    return Annotated[field.annotation, tyro.conf.arg(help=field.description, help_behavior_hint=hint)]
+    kind: Any = Literal["true", "false"] if field.annotation is bool else field.annotation
+    return Annotated[kind, tyro.conf.arg(help=field.description, help_behavior_hint=hint)]
 
 
 def _plain(box: str) -> str:

@@ -70,7 +70,7 @@ def test_a_flag_set_to_the_default_still_wins_over_the_file(job):
         (["--prefill.chunk_tokens=5"], lambda config: config.prefill.chunk_tokens == 5),
         (["--generation.prompts", "a b", "c"], lambda config: config.generation.prompts == ("a b", "c")),
         (["--generation.stop", "\n\n"], lambda config: config.generation.stop == ("\n\n",)),
-        (["--generation.ignore_eos", "True"], lambda config: config.generation.ignore_eos),
+        (["--generation.ignore_eos", "true"], lambda config: config.generation.ignore_eos),
         (["--generation.temperature", "1"], lambda config: config.generation.temperature == 1.0),
         (["--output.file", "out.jsonl"], lambda config: config.output.file == Path("out.jsonl")),
         (["--reduction.group_size", "32"], lambda config: config.reduction.group_size == 32),

@@ -20,7 +20,7 @@ def test_a_prompt_is_saved_inspected_and_resumed(tmp_path: Path, capsys: pytest.
     assert main(["state", "inspect", "--state.file", str(file)]) == 0
     shown = capsys.readouterr().out
     assert "Zamba" in shown and "float32" in shown and "7 x 80 x 8" in shown
-    options = ["--generation.max_new_tokens", "12", "--generation.ignore_eos", "True"]
+    options = ["--generation.max_new_tokens", "12", "--generation.ignore_eos", "true"]
     assert main(["state", "resume", *words, *options, "--generation.prompts", " return"]) == 0
     wanted = LLM.from_pretrained(folder).generate(
         "def f(x): return", SamplingParams(max_new_tokens=12, ignore_eos=True)
