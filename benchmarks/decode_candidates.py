@@ -14,8 +14,23 @@ MATRIX = [
 ]  # fmt: skip
 DEEP: tuning.Configuration = {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_warps": 4}
 SHARED: tuning.Configuration = {**DEEP, "PROGRAMS": 132, "num_stages": 5}
+UPDATES: dict[str, dict[str, tuning.Configuration | tuning.Rows]] = {
+    f"updates {channels}, {warps} warps" + (f" of {registers}" if registers else ""): {
+        "projected_state_update": {
+            "SEQUENCES": 16, "BLOCK_D": channels, "num_warps": warps,
+            **({"maxnreg": registers} if registers else {}),
+        }
+    }
+    for channels, warps, registers in (
+        (16, 4, 0), (16, 4, 96), (16, 8, 0), (16, 8, 64), (32, 4, 0), (32, 8, 0),
+    )
+}  # fmt: skip
+"""dt_proj joined with the state update of many sequences; some in fewer registers a thread than it takes."""
 JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    64: {"dt_proj": {"linear_64": [(3e6, SHARED), (tuning.ANY, {})]}},
+    64: {"dt_proj": {"linear_64": [(3e6, SHARED), (tuning.ANY, {})]}, **UPDATES},
+    256: UPDATES,
+    32: UPDATES,
+    16: UPDATES,
     4: {"update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}}},
     1: {"update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}}},
 }

@@ -1,6 +1,7 @@
 """Triton kernel of dt_proj and the state update together, for few sequences: one launch instead of two.
 
-Every sequence reads dt_proj's weight again, from the L2 cache; with many, separate kernels move less.
+Every sequence reads dt_proj's weight again, from the L2 cache. With many, blocks of sequences read it, in
+`triton_projected_update_many`, where the tuning table asks for that, and otherwise separate kernels serve.
 """
 
 import torch
@@ -8,15 +9,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels import backend, triton_projected_update_many, tuning
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.scan import projected_state_update_reference
 from ssm_dist.kernels.triton_common import exp2, silu, softplus
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-MOST_SEQUENCES = 8
 
 
 @triton.jit
@@ -73,13 +72,17 @@ def _projected_update_kernel(
 
 
 @operator("projected_state_update", mutates=("state",))
-def _few_sequences(
+def _joined(
     x: Tensor, given: Tensor, weight: Tensor, A_log: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
     state: Tensor, slots: Tensor, rms_eps: float | None,
 ) -> Tensor:  # fmt: skip
     (sequences, channels), (_, groups, _), rank = x.shape, given.shape, weight.shape[1]
-    y = x.new_empty(x.shape)
     config = tuning.configuration("projected_state_update", sequences, x.device)
+    if "SEQUENCES" in config:
+        return triton_projected_update_many.launch(
+            x, given, weight, A_log, D, z, dt_bias, state, slots, rms_eps, config
+        )
+    y = x.new_empty(x.shape)
     with torch.cuda.device_of(x):
         _projected_update_kernel[(sequences * triton.cdiv(channels, config["BLOCK_D"]),)](
             x, given, weight, A_log, D, z, dt_bias, state, slots, y,
@@ -91,17 +94,23 @@ def _few_sequences(
     return y
 
 
+def _serves(x: Tensor, given: Tensor, weight: Tensor, states: int) -> bool:
+    config, groups = tuning.configuration("projected_state_update", x.shape[0], x.device), given.shape[1]
+    if not config or not x.shape[0] or states & (states - 1):
+        return False
+    if "SEQUENCES" in config and not triton_projected_update_many.serves(x, given, weight):
+        return False
+    return groups == 1 or x.shape[1] // groups % config["BLOCK_D"] == 0
+
+
 @backend.register("projected_state_update", "triton")
 def projected_state_update(
     x: Tensor, given: Tensor, weight: Tensor, A_log: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
     state: Tensor, slots: Tensor, rms_eps: float | None,
 ) -> Tensor:  # fmt: skip
-    """`ssm_dist.kernels.projected_state_update`; for many sequences, or odd sizes, by separate kernels."""
-    states, groups = A_log.shape[1], given.shape[1]
-    block = tuning.configuration("projected_state_update", x.shape[0], x.device)["BLOCK_D"]
-    fits = states & (states - 1) == 0 and (groups == 1 or x.shape[1] // groups % block == 0)
-    if not (fits and 0 < x.shape[0] <= MOST_SEQUENCES):
+    """`ssm_dist.kernels.projected_state_update`; where no kernel serves these sizes, by separate ones."""
+    if not _serves(x, given, weight, A_log.shape[1]):
         return projected_state_update_reference(x, given, weight, A_log, D, z, dt_bias, state, slots, rms_eps)
     assert all(t.stride(-1) == 1 for t in (x, z, given)) and weight.is_contiguous()
-    assert A_log.is_contiguous() and state.stride()[1:] == (states, 1)
-    return _few_sequences(x, given, weight, A_log, D, z, dt_bias, state, slots, rms_eps)
+    assert A_log.is_contiguous() and state.stride()[1:] == (A_log.shape[1], 1)
+    return _joined(x, given, weight, A_log, D, z, dt_bias, state, slots, rms_eps)

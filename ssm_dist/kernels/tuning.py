@@ -70,10 +70,10 @@ TABLE: dict[str, dict[int, Rows]] = {
         ],
         80: [(ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2})],
     },
-    # size: sequences, up to 8
+    # size: sequences. With SEQUENCES, on the tensor cores; empty: by separate kernels
     "projected_state_update": {
-        90: [(1, {"BLOCK_D": 4, "num_warps": 1}), (ANY, {"BLOCK_D": 8, "num_warps": 2})],
-        80: [(ANY, {"BLOCK_D": 16, "num_warps": 2})],
+        90: [(1, {"BLOCK_D": 4, "num_warps": 1}), (8, {"BLOCK_D": 8, "num_warps": 2}), (ANY, {})],
+        80: [(8, {"BLOCK_D": 16, "num_warps": 2}), (ANY, {})],
     },
     # size: rows
     "add_rms_norm": {

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist import kernels
-from ssm_dist.kernels import backend, triton_linear
-from tests.kernels.inputs import conv_inputs, scan_inputs
+from ssm_dist.kernels import backend, triton_linear, tuning
+from tests.kernels.inputs import conv_inputs, projected_update_inputs, scan_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -119,6 +119,30 @@ def test_projection_and_state_update_in_one(
             exact = kernels.projected_state_update(*wide)
         assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
         assert float((state.double() - wide[7]).norm() / wide[7].norm()) < 1e-5
+
+
+@pytest.mark.parametrize("eps", [None, 1e-6])
+@pytest.mark.parametrize(
+    ("sequences", "channels", "rank", "groups"), [(64, 5120, 160, 1), (43, 7424, 232, 2)]
+)
+@pytest.mark.parametrize("shape", [(16, 16, 4), (16, 16, 8), (16, 32, 8), (32, 16, 8)], ids=str)
+def test_projection_and_state_update_of_many_sequences_in_one(
+    shape: tuple[int, int, int], sequences: int, channels: int, rank: int, groups: int, eps: float | None
+) -> None:
+    """By the tensor cores, whatever the tuning table says; states of slots that are not named stay."""
+    config = dict(zip(("SEQUENCES", "BLOCK_D", "num_warps"), shape, strict=True))
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        arguments = projected_update_inputs(sequences, channels, rank, groups, torch.bfloat16)
+        arguments[8:] = [arguments[9], eps]
+        arguments[1] = arguments[1].contiguous()
+        wide: list[Any] = [t.double() for t in arguments[:-2]] + arguments[-2:]
+        torch.cuda.synchronize()
+        with tuning.forced("projected_state_update", config):
+            y = kernels.projected_state_update(*arguments)
+        with backend.using("reference", "cuda"):
+            exact = kernels.projected_state_update(*wide)
+        assert float((y.double() - exact).norm() / exact.norm()) < 3e-3
+        assert float((arguments[7].double() - wide[7]).norm() / wide[7].norm()) < 1e-5
 
 
 @pytest.mark.parametrize("sequences", [1, 4])

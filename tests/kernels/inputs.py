@@ -45,6 +45,23 @@ def scan_inputs(
     return [x, dt, A_log, B, C, D, z, dt_bias, state, offsets_of(lengths), some_slots(len(lengths))]
 
 
+def projected_update_inputs(
+    sequences: int, channels: int, rank: int, groups: int, dtype: torch.dtype, states: int = 16
+) -> list[Any]:
+    """Arguments of `projected_state_update` but the epsilon, with offsets before the slots.
+
+    `given` and z are views; there are four slots more than sequences.
+    """
+    x, _, A_log, B, _, D, z, bias, state, offsets, _ = scan_inputs(
+        [1] * sequences, channels, states, groups, dtype
+    )
+    state = torch.randn(sequences + 4, channels, states, dtype=state.dtype)
+    slots = torch.randperm(len(state), dtype=torch.int32)[:sequences]
+    given = torch.randn(sequences, groups, rank + 2 * B.shape[2] + 3).to(dtype)[..., 3:]
+    weight = (torch.randn(channels, rank) / rank**0.5).to(dtype)
+    return [x, given, weight, A_log, D, z, bias, state, offsets, slots]
+
+
 def attention_inputs(
     lengths: list[int], before: list[int], heads: int, head_dim: int, page_size: int, dtype: torch.dtype
 ) -> list[Any]:

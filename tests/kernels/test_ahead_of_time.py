@@ -29,6 +29,8 @@ REGISTERS = {
     ("linear, 64 rows", 90): 168, ("linear, 64 rows", 80): 168,
     ("projected conv", 90): 168, ("projected conv", 80): 168,
     ("projected update", 90): 128, ("projected update", 80): 128,
+    ("projected updates", 90): 64, ("projected updates", 80): 64,
+    ("projected updates, 4 warps", 90): 96,
     ("gluon", 90): 112,
     ("gluon, two ahead", 90): 112,
     ("gluon, no polynomial", 90): 112,
