@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from ssm_dist.build import LoadedModel, load_model
-from ssm_dist.config import Config, build_config
+from ssm_dist.config import Config
+from ssm_dist.config_reading import build_config
 from ssm_dist.flags import read_flags
 from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import close_ranks

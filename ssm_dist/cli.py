@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Sequence
 
 from ssm_dist.commands import COMMANDS
-from ssm_dist.config import build_config
+from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
 from ssm_dist.flags import read_flags
 from ssm_dist.version import __version__

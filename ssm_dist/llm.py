@@ -13,7 +13,8 @@ from typing_extensions import Self
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.capture import start_engine
 from ssm_dist.checkpoint.save import save_huggingface
-from ssm_dist.config import Config, build_config
+from ssm_dist.config import Config
+from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel

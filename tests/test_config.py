@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from pydantic import Field, ValidationError
 
-from ssm_dist.config import Config, ModelConfig, Section, load_config
+from ssm_dist.config import Config, ModelConfig, Section
+from ssm_dist.config_reading import load_config
 from ssm_dist.errors import UserError
 from ssm_dist.sampling.params import SamplingParams
 

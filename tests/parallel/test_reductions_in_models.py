@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from ssm_dist.build import reductions_of
-from ssm_dist.config import ReductionConfig, load_config
+from ssm_dist.config import ReductionConfig
+from ssm_dist.config_reading import load_config
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.collectives import Wire
 from tests.engine.checkpoints import save_checkpoint
