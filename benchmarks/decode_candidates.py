@@ -12,6 +12,7 @@ MATRIX = [
         (64, 64, 264, 6), (64, 128, 264, 4), (64, 128, 132, 5), (128, 128, 132, 3),
     )
 ]  # fmt: skip
+FOUR: tuning.Configuration = {"num_warps": 4, "num_stages": 4}
 DEEP: tuning.Configuration = {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_warps": 4}
 SHARED: tuning.Configuration = {**DEEP, "PROGRAMS": 132, "num_stages": 5}
 UPDATES: dict[str, dict[str, tuning.Configuration | tuning.Rows]] = {
@@ -26,11 +27,23 @@ UPDATES: dict[str, dict[str, tuning.Configuration | tuning.Rows]] = {
     )
 }  # fmt: skip
 """dt_proj joined with the state update of many sequences; some in fewer registers a thread than it takes."""
+NARROW: dict[str, dict[str, tuning.Configuration | tuning.Rows]] = {
+    f"x_proj {rows}x{columns}x{depth}, {programs}": {
+        "linear_transposed": {
+            "BLOCK_T": rows, "BLOCK_N": columns, "BLOCK_K": depth, "AHEAD": 0, "PROGRAMS": programs, **FOUR,
+        }
+    }
+    for rows, columns, depth, programs in (
+        (16, 64, 64, 132), (16, 64, 128, 132), (16, 64, 64, 264), (16, 32, 128, 132), (32, 64, 64, 132),
+        (16, 64, 128, 96),
+    )
+}  # fmt: skip
+"""x_proj of many sequences: rows dealt out, few enough that adding up the shares of a sum takes little."""
 JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    64: {"dt_proj": {"linear_64": [(3e6, SHARED), (tuning.ANY, {})]}, **UPDATES},
+    64: {"dt_proj": {"linear_64": [(3e6, SHARED), (tuning.ANY, {})]}, **UPDATES, **NARROW},
     256: UPDATES,
-    32: UPDATES,
-    16: UPDATES,
+    32: {**UPDATES, **NARROW},
+    16: {**UPDATES, **NARROW},
     4: {"update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}}},
     1: {"update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}}},
 }

@@ -3,7 +3,8 @@
 A row, and up to 4 by a small weight, multiply on the ordinary units: a program holds whole rows of the weight
 in registers, all asked for before it waits for its input. Otherwise the tensor cores multiply: tiles of the
 weight from the left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few
-tiles to occupy the GPU, several programs share the sum of one.
+tiles to occupy the GPU, several programs share the sum of one; the last of them adds up what the others have
+left, which takes long for many rows, so that these may be dealt out in blocks.
 """
 
 from __future__ import annotations
@@ -92,14 +93,16 @@ def _vector_kernel(
         tl.store(y + t * columns.to(tl.int64) + n, total.to(y.dtype.element_ty), mask=n < columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "shares"])
+@triton.jit(do_not_specialize=["tokens", "shares", "across"])
 def _matrix_kernel(
-    x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares,
+    x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares, across,
     TRANSPOSED: tl.constexpr, SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N numbers of all rows, summed over one of `shares` spans of the width.
+    """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width.
+
+    `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share.
 
     TRANSPOSED: the columns where the weight is a transposed view, (columns, width) of (width, columns); or 0.
     WHOLE: the width consists of whole blocks, and may be prefetched.
@@ -109,12 +112,14 @@ def _matrix_kernel(
     tile = tl.program_id(0) // shares
     share = tl.program_id(0) % shares
     begin = share * span
-    n, k, t = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_T)
+    first = tile % across * BLOCK_N
+    n, k = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
     row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
     if AHEAD > 0 and WHOLE:
         if TRANSPOSED > 0:
-            later = weight + (begin + k) * TRANSPOSED + tile * BLOCK_N
-            prefetch(later, tl.minimum(BLOCK_N, columns - tile * BLOCK_N) * BYTES, PDL)
+            later = weight + (begin + k) * TRANSPOSED + first
+            prefetch(later, tl.minimum(BLOCK_N, columns - first) * BYTES, PDL)
         else:
             prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
     wait_for_inputs(PDL)
@@ -176,15 +181,17 @@ def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
 
 def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
-    rows, transposed = _padded(tokens), not weight.is_contiguous()
+    transposed = not weight.is_contiguous()
     config = dict(_matrix_configuration(x, weight))
-    tiles, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
+    rows = min(config.pop("BLOCK_T", MOST_ROWS), _padded(tokens))
+    across, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
+    tiles = triton.cdiv(tokens, rows) * across
     shares = min(max(1, config.pop("PROGRAMS") // tiles), steps) if tiles <= COUNTERS else 1
     span = triton.cdiv(steps, shares) * config["BLOCK_K"]
     shares = triton.cdiv(width, span)
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     _matrix_kernel[(tiles * shares,)](
-        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares,
+        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares, across,
         TRANSPOSED=columns if transposed else 0, SHARED=shares > 1,
         WHOLE=width % config["BLOCK_K"] == 0 and (not transposed or columns * x.element_size() % 16 == 0),
         HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),

@@ -92,6 +92,16 @@ def test_programs_that_share_a_sum_count_to_zero_again(programs: int) -> None:
         assert torch.equal(kernels.linear(x, weight, bias), first)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("tokens", "programs"), [(17, 1), (40, 1000), (64, 30)])
+def test_rows_dealt_out_in_blocks(tokens: int, programs: int, transposed: bool) -> None:
+    x, weight, bias = inputs(tokens, (40, 300), torch.bfloat16)
+    weight = weight.T.contiguous().T if transposed else weight
+    op = "linear_transposed" if transposed else f"linear_{triton_linear._padded(tokens)}"
+    with tuning.forced(op, {**TILES, "BLOCK_T": 16, "PROGRAMS": programs}):
+        check(x, weight, bias)
+
+
 @pytest.mark.parametrize(("tokens", "dtype"), [(0, torch.bfloat16), (5, torch.float32), (65, torch.bfloat16)])
 def test_other_numbers_of_rows_are_left_to_torch(tokens: int, dtype: torch.dtype) -> None:
     x, weight, bias = inputs(tokens, (5, 7), dtype)
