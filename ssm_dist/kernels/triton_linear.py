@@ -191,8 +191,8 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     shares = triton.cdiv(width, span)
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     _matrix_kernel[(tiles * shares,)](
-        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares, across,
-        TRANSPOSED=columns if transposed else 0, SHARED=shares > 1,
+        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares,
+        across, TRANSPOSED=columns if transposed else 0, SHARED=shares > 1,
         WHOLE=width % config["BLOCK_K"] == 0 and (not transposed or columns * x.element_size() % 16 == 0),
         HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),
     )  # fmt: skip
