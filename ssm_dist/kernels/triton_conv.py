@@ -1,5 +1,7 @@
 """Triton kernels of the causal convolution, ragged and one-token update. Both are bound by memory."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -184,7 +186,8 @@ def causal_conv(
     (tokens, channels), width = x.shape, weight.shape[1]
     _check(x, weight, state)
     y = x.new_empty(x.shape)
-    config = tuning.configuration("causal_conv", slots.shape[0], x.device)
+    size = x.numel() if slots.shape[0] == 1 else math.inf
+    config = tuning.configuration("causal_conv", size, x.device)
     chunks = tokens // config["BLOCK_T"] + slots.shape[0]
     if tokens:
         with torch.cuda.device_of(x):

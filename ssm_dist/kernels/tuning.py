@@ -26,14 +26,17 @@ FIVE_DEEP: Configuration = {"num_warps": 4, "num_stages": 5}
 SIX_DEEP: Configuration = {"num_warps": 4, "num_stages": 6}
 
 TABLE: dict[str, dict[int, Rows]] = {
-    # size: sequences. Programs look their own up among them, which longer blocks do less often
+    # size: numbers of one sequence; of several, whose programs look theirs up, which longer blocks do less
+    # often, infinite. Between one wave of programs and two, longer blocks make it one
     "causal_conv": {
         90: [
-            (1, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (4.3e6, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (8.7e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (1e15, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
             (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
         ],
         80: [
-            (1, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (1e15, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
             (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
         ],
     },
@@ -41,8 +44,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     "causal_conv_update": {
         90: [
             (16e3, {"SEQUENCES": 1, "BLOCK_D": 128, "num_warps": 1}),
-            (512e3, {"SEQUENCES": 1, "BLOCK_D": 256, "num_warps": 1}),
-            (ANY, {"SEQUENCES": 4, "BLOCK_D": 256, "num_warps": 1}),
+            (ANY, {"SEQUENCES": 2, "BLOCK_D": 256, "num_warps": 2}),
         ],
         80: [
             (512e3, {"SEQUENCES": 1, "BLOCK_D": 128, "num_warps": 1}),
@@ -72,7 +74,12 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     # size: sequences. With SEQUENCES, on the tensor cores; empty: by separate kernels
     "projected_state_update": {
-        90: [(1, {"BLOCK_D": 4, "num_warps": 1}), (8, {"BLOCK_D": 8, "num_warps": 2}), (ANY, {})],
+        90: [
+            (1, {"BLOCK_D": 4, "num_warps": 1}),
+            (8, {"BLOCK_D": 8, "num_warps": 2}),
+            (128, {"SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 4}),
+            (ANY, {"SEQUENCES": 16, "BLOCK_D": 32, "num_warps": 4}),
+        ],
         80: [(8, {"BLOCK_D": 16, "num_warps": 2}), (ANY, {})],
     },
     # size: rows
@@ -105,7 +112,8 @@ TABLE: dict[str, dict[int, Rows]] = {
     "linear_transposed": {
         90: [
             (4, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
-            (ANY, {}),
+            (16, {}),
+            (ANY, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
         ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP})],
     },

@@ -71,8 +71,7 @@ STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": None}
 
 VECTOR = {"K": 5120, "HAS_BIAS": True, "BLOCK_K": 256}
 PROJECTED = {"RANK": 160, "N": 16, "RMS": True, "BLOCK_R": 256, "eps": "fp32", "state": "*fp32"}
-UPDATES = {**PROJECTED, "SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 8, "maxnreg": 64}
-UPDATES_BY_4 = {**UPDATES, "RMS": False, "num_warps": 4, "maxnreg": 96}
+UPDATES = {**PROJECTED, "SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 4}
 PROJECTED_CONV = {"WIDTH": 4, "OUTPUTS": 192, "HAS_BIAS": True, "BLOCK_R": 256, "state": "*bf16"}
 MATRIX = {
     "TRANSPOSED": 0, "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
@@ -118,10 +117,14 @@ KERNELS: dict[str, Case] = {
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
     ),
-    "projected updates": Case(triton_projected_update_many._projected_updates_kernel, UPDATES),
-    "projected updates, 4 warps": Case(
-        triton_projected_update_many._projected_updates_kernel, UPDATES_BY_4, "", (90,)
-    ),
+    **{
+        f"projected updates, {name}": Case(
+            triton_projected_update_many._projected_updates_kernel, {**UPDATES, **given}, "", (90,)
+        )
+        for name, given in {
+            "64 sequences": {}, "256 sequences": {"BLOCK_D": 32}, "no norms": {"RMS": False},
+        }.items()
+    },
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
     "gluon, two ahead": Case(gluon_scan.scan_kernel, {**GLUON, "DEPTH": 2}, "", (90,)),
     "gluon, no polynomial": Case(gluon_scan.scan_kernel, {**GLUON, "EXTRA": 0}, "", (90,)),

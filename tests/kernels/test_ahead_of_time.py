@@ -10,7 +10,7 @@ import pytest
 
 REGISTERS = {
     ("causal_conv", 90): 88, ("causal_conv", 80): 96,
-    ("causal_conv_update", 90): 176, ("causal_conv_update", 80): 120,
+    ("causal_conv_update", 90): 72, ("causal_conv_update", 80): 120,
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,
     ("rms_normalize", 90): 64, ("rms_normalize", 80): 64,
@@ -29,8 +29,8 @@ REGISTERS = {
     ("linear, 64 rows", 90): 168, ("linear, 64 rows", 80): 168,
     ("projected conv", 90): 168, ("projected conv", 80): 168,
     ("projected update", 90): 128, ("projected update", 80): 128,
-    ("projected updates", 90): 64, ("projected updates", 80): 64,
-    ("projected updates, 4 warps", 90): 96,
+    ("projected updates, 64 sequences", 90): 120, ("projected updates, 256 sequences", 90): 200,
+    ("projected updates, no norms", 90): 120,
     ("gluon", 90): 112,
     ("gluon, two ahead", 90): 112,
     ("gluon, no polynomial", 90): 112,
