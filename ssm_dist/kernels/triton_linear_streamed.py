@@ -34,15 +34,38 @@ def _place(i, begin, mine, steps, dealt):
 
 @triton.jit
 def _finish(
-    sums, bias, y, tile, tokens, columns,
-    HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    sums, bias, y, tile, t, tokens, columns, HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Store a tile of the product, (BLOCK_N, BLOCK_T) in float32."""
-    n, t = tile * BLOCK_N + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_T)
+    """Store rows t of a tile of the product, (BLOCK_N, t) in float32."""
+    n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     if HAS_BIAS:
         sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[:, None]
     inside = (t < tokens)[:, None] & (n < columns)[None, :]
     tl.store(y + (t * columns)[:, None] + n[None, :], tl.trans(sums.to(y.dtype.element_ty)), mask=inside)
+
+
+@triton.jit
+def _finish_shared(
+    part, shares, bias, y, tile, tokens, columns,
+    HAS_BIAS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of the product, the sum of `shares` blocks (BLOCK_N, BLOCK_T) from `part` on.
+
+    In so many rows at once that a thread has registers for four blocks under way.
+    """
+    AT_ONCE: tl.constexpr = min(BLOCK_T, max(8, 32 * THREADS // BLOCK_N))
+    row, cell = tl.arange(0, BLOCK_N), tl.arange(0, AT_ONCE)
+    for first in tl.static_range(0, BLOCK_T, AT_ONCE):
+        cells = part + (first + row[:, None] * BLOCK_T + cell[None, :])
+        sums = tl.zeros((BLOCK_N, AT_ONCE), tl.float32)
+        for share in range(0, shares, 4):
+            loaded = ()
+            for i in tl.static_range(4):
+                at = cells + (share + i) * (BLOCK_N * BLOCK_T)
+                loaded += (tl.load(at, mask=share + i < shares, other=0.0, cache_modifier=".cg"),)
+            for i in tl.static_range(4):
+                sums += loaded[i]
+        _finish(sums, bias, y, tile, first + cell, tokens, columns, HAS_BIAS, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["tokens", "steps", "dealt", "span", "own", "most"])
@@ -51,6 +74,7 @@ def _streamed_kernel(
     steps, dealt, span, own, most,
     TMA: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+    num_warps: tl.constexpr,
 ):  # fmt: skip
     """One program: `span` of the steps of the `dealt` first tiles, then `own` tiles of `steps` steps.
 
@@ -98,12 +122,12 @@ def _streamed_kernel(
                 part = parts + tile * most * (BLOCK_N * BLOCK_T)
                 tl.store(part + (program - first_program) * (BLOCK_N * BLOCK_T) + cell, total)
                 if last_to_finish(counters + tile, shares):
-                    sums = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-                    for other in range(shares):
-                        sums += tl.load(part + other * (BLOCK_N * BLOCK_T) + cell, cache_modifier=".cg")
-                    _finish(sums, bias, y, tile, tokens, columns, HAS_BIAS, BLOCK_T, BLOCK_N)
+                    _finish_shared(
+                        part, shares, bias, y, tile, tokens, columns,
+                        HAS_BIAS, BLOCK_T, BLOCK_N, 32 * num_warps,
+                    )  # fmt: skip
             else:
-                _finish(total, bias, y, tile, tokens, columns, HAS_BIAS, BLOCK_T, BLOCK_N)
+                _finish(total, bias, y, tile, t, tokens, columns, HAS_BIAS, BLOCK_N)
 
 
 def streamed(
