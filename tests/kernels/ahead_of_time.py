@@ -161,7 +161,7 @@ def compiled(
         p.num
         for p in kernel.params
         if not (p.is_constexpr or p.do_not_specialize or p.name in unaligned)
-        and not types[p.name].startswith(("fp32", "tensordesc"))
+        and (isinstance(types[p.name], tuple) or not types[p.name].startswith(("fp32", "tensordesc")))
     ]
     source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         fn=kernel,
