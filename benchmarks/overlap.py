@@ -3,9 +3,8 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/overlap.py --out benchmarks/overlap
 
 One model at the degree that torchrun starts. Each case is read in whole steps of --prefill.chunk_tokens
-tokens and of half as many, and in steps of halves, by how many programs a multiprocessor the sums have (0:
-their numbers travel by the copy engines). The times of kernels are from a profiled run of its own; a sum
-beside others counts as long as it runs alone.
+tokens and of half as many, and in steps of halves, by how many programs a multiprocessor the sums have. The
+times of kernels are from a profiled run of its own; a sum beside others counts as long as it runs alone.
 """
 
 from __future__ import annotations
@@ -28,16 +27,13 @@ from ssm_dist.parallel.collectives import shared
 CASES = ["8x2048+1", "16x2048+1", "64x2048+1", "1x16384+1", "1x32768+1"]
 
 
-WHOLE = -1
-
-
 def stepped(llm: LLM, chunk_tokens: int, programs: int) -> None:
-    """Let the engine read prompts in such steps; programs: of sums beside others, or WHOLE steps."""
-    shared.BESIDE_A_SCAN.update({False: max(programs, 0), True: max(programs, 0)})
+    """Let the engine read prompts in such steps; programs: of sums beside others, 0: whole steps."""
+    shared.BESIDE_A_SCAN.update({False: programs, True: programs})
     llm.engine.graphs = Graphs(llm.loaded.device) if llm.engine.graphs is not None else None
     prefill = llm.config.prefill.model_copy(update={"chunk_tokens": chunk_tokens})
     llm.config = llm.config.model_copy(update={"prefill": prefill})
-    llm.engine.prefill.overlap_tokens = int(programs != WHOLE)
+    llm.engine.prefill.overlap_tokens = min(programs, 1)
 
 
 def measured(llm: LLM, case: Case, repeats: int) -> dict[str, Any]:
@@ -59,13 +55,12 @@ def rows_of(llm: LLM, options: Any, whole: int, began: float) -> list[dict[str, 
     codec, rows = llm.config.reduction.codec, list[dict[str, Any]]()
     for case in map(parse_case, options.cases):
         tokens = case.batch * case.prompt_tokens
-        ways = [(whole // 2, WHOLE)] if tokens <= whole // 2 else [(whole // 2, WHOLE), (whole, WHOLE)]
+        ways = [(whole // 2, 0)] if tokens <= whole // 2 else [(whole // 2, 0), (whole, 0)]
         for most, programs in [*ways, *((whole, programs) for programs in options.programs)]:
             if reporting.agreed(time.monotonic() - began > options.seconds):
                 continue
             stepped(llm, most, programs)
-            named = {WHOLE: "whole", shared.COPIED: "in halves, copied"}
-            steps = named.get(programs, f"in halves, {programs}")
+            steps = f"in halves, {programs}" if programs else "whole"
             about = {"codec": codec, "case": str(case), "steps": steps, "tokens of a step": min(tokens, most)}
             rows.append(about | measured(llm, case, options.repeats))
     return rows
@@ -77,7 +72,7 @@ def main() -> reporting.Report:
     parser = reporting.parser(__doc__)
     parser.add_argument("--cases", nargs="+", default=CASES)
     parser.add_argument("--codecs", nargs="+", default=["none", "int8"])
-    parser.add_argument("--programs", type=int, nargs="+", default=[0, 1], help="a multiprocessor")
+    parser.add_argument("--programs", type=int, nargs="+", default=[1, 3], help="a multiprocessor")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=600.0, help="after which nothing new is measured")
     options, flags = parser.parse_known_args()

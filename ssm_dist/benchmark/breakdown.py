@@ -33,12 +33,9 @@ from ssm_dist.llm import LLM
 REDUCTION_KERNELS = (
     "ncclDevKernel_AllReduce", "ncclDevKernel_AllGather", "ncclDevKernel_ReduceScatter",
     "ncclDevKernel_SendRecv", "_push_sum", "bulk_kernel", "_encode_kernel", "_sum_kernel", "_decode_kernel",
-    "_add_up_kernel", "_collect_kernel", "_meet_kernel", "Memcpy DtoD", "Memcpy PtoP",
 )  # fmt: skip
 """How the names of kernels begin that reduce between ranks, the exchange's codecs among them."""
-BESIDE_OTHERS = (
-    "bulk_kernel", "_add_up_kernel", "_collect_kernel", "_meet_kernel", "Memcpy DtoD", "Memcpy PtoP",
-)  # fmt: skip
+BESIDE_OTHERS = ("bulk_kernel",)
 """And of those that the other half of a step may run beside."""
 REDUCTION_OPS = ("gloo:all_reduce", "gloo:all_gather", "gloo:all_to_all")
 LAUNCHES = ("cudaLaunch", "cuLaunch", "cudaGraphLaunch")

@@ -71,8 +71,6 @@ class BulkMemory:
     """Bytes of each of the two regions, a multiple of 16."""
     limit: int
     """Nanoseconds that a wait may take."""
-    views: tuple[Tensor, ...] = ()
-    """The memories as uint8, in the order of `peers`; none where only kernels reach them."""
 
     @property
     def ranks(self) -> int:
@@ -82,11 +80,10 @@ class BulkMemory:
 
 def bulk_bytes(ranks: int, capacity: int) -> int:
     """Bytes of a rank's memory: flags, then the two regions; the flags 0 before the first use."""
-    return flag_bytes(ranks) + 2 * capacity
+    return _flag_bytes(ranks) + 2 * capacity
 
 
-def flag_bytes(ranks: int) -> int:
-    """Bytes of a rank's memory before the regions."""
+def _flag_bytes(ranks: int) -> int:
     return ranks * PROGRAMS * 4
 
 
@@ -145,10 +142,10 @@ def _launch(
     assert memory.ranks * stripe * layout.bytes <= memory.capacity, "more than fits: see rows_that_fit"
     whole = residual is not None and residual.shape[0] == rows
     assert residual is None or whole or residual.shape[0] == stripe
-    parts_at = flag_bytes(memory.ranks)
+    parts_at = _flag_bytes(memory.ranks)
     multiprocessors = _multiprocessors(x.device)
     wanted = CHOSEN_A_MULTIPROCESSOR * multiprocessors if programs is None else programs
-    grid = min(wanted, PROGRAMS - 1, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * multiprocessors)
+    grid = min(wanted, PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * multiprocessors)
     with torch.cuda.device_of(x):
         launched = bulk_kernel[(grid,)](
             x, residual, weight, y, total, eps,

@@ -47,7 +47,7 @@ def bulk_kernel(
             add_up(
                 x, residual, weight, y, total, eps, own + parts_at, peers, sums_at, rank, residual_row,
                 tile - programs, rows, width, halves, stripe, row_bytes, scales_at,
-                RANKS, RANKS - 1, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK,
+                RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK,
             )  # fmt: skip
         if ((PHASE < 0) | (PHASE == 2)) & (step > 1):
             for other in range(RANKS - 1):

@@ -40,10 +40,10 @@ def _rows_at(base, row, row_bytes):
 
 
 @triton.jit
-def peer(peers, step, COUNT: tl.constexpr):
-    """peers[step] of the first COUNT; step is known at run time only: loops over ranks are not unrolled."""
+def peer(peers, step, RANKS: tl.constexpr):
+    """peers[step], where step is known at run time only: loops over ranks are not unrolled."""
     base = peers[0]
-    for known in tl.static_range(1, COUNT):
+    for known in tl.static_range(1, RANKS):
         base = tl.where(step == known, peers[known], base)
     return base
 
@@ -123,16 +123,16 @@ def _sum_of_parts(
 @triton.jit
 def _send_sum(
     value, y, peers, sums_at, kept, row, exists, first, width, halves, row_bytes, scales_at,
-    TARGETS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Encode value (ROWS, CHUNK) and store it into the memories of TARGETS peers; what they decode, into y.
+    """Encode value (ROWS, CHUNK) and store it into the others' memories; what they decode, into y.
 
     Returns `kept_scales`.
     """
     payload, scale = quantised(value, CODEC, GROUP, y.dtype.element_ty)
     kept = kept_scales(kept, scale, first, CODEC, GROUP)
-    for step in range(TARGETS):
-        at = _rows_at(peer(peers, step, TARGETS) + sums_at, row, row_bytes)
+    for step in range(RANKS - 1):
+        at = _rows_at(peer(peers, step, RANKS) + sums_at, row, row_bytes)
         store_with_kept(at, exists, payload, kept, first, width, halves, scales_at, CODEC, GROUP)
     column, inside = _chunk(first, width, payload.shape[1])
     own = decoded(payload, scale, CODEC).to(y.dtype.element_ty)
@@ -144,10 +144,10 @@ def _send_sum(
 def add_up(
     x, residual, weight, y, total, eps, parts, peers, sums_at, rank, residual_row, tile,
     rows, width, halves, stripe, row_bytes, scales_at,
-    RANKS: tl.constexpr, TARGETS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr,
-    WITH_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, WITH_NORM: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Sum a tile of the own stripe, in x and at `parts`; norm it, if asked; send it to TARGETS peers."""
+    """Sum a tile of the own stripe, in x and at `parts`; norm it, if asked; send."""
     AHEAD: tl.constexpr = 2 if RANKS == 2 else 1  # the others' parts of a chunk are loaded together anyway
     local, exists = _tile(tile, rank * stripe, rows, stripe, ROWS)
     row = rank * stripe + local
@@ -174,7 +174,7 @@ def add_up(
             else:
                 kept = _send_sum(
                     value, y, peers, sums_at, kept, row, exists & (first < width), first, width, halves,
-                    row_bytes, scales_at, TARGETS, CODEC, GROUP,
+                    row_bytes, scales_at, RANKS, CODEC, GROUP,
                 )  # fmt: skip
     if WITH_NORM:
         tl.debug_barrier()  # `total` may be read back by other threads
@@ -194,7 +194,7 @@ def add_up(
                 kept = _send_sum(
                     value * norm[:, None] * factor.to(tl.float32), y, peers, sums_at, kept, row,
                     exists & (first < width), first, width, halves, row_bytes, scales_at,
-                    TARGETS, CODEC, GROUP,
+                    RANKS, CODEC, GROUP,
                 )  # fmt: skip
 
 

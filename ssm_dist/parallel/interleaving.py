@@ -141,8 +141,8 @@ class Interleaver:
 
     @functools.cached_property
     def _stream(self) -> torch.cuda.Stream | None:
-        """Where sums run beside the other half, served first; on a CPU nothing runs beside anything."""
-        return torch.cuda.Stream(self._device, priority=-1) if self._device.type == "cuda" else None
+        """Where sums run beside the other half; on a CPU nothing runs beside anything."""
+        return torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
 
     @functools.cached_property
     def _second(self) -> ThreadPoolExecutor:

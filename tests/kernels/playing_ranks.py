@@ -54,7 +54,6 @@ class BulkRanks:
             BulkMemory(
                 rank, rotated(addresses, rank), torch.zeros(PROGRAMS, dtype=torch.int32, device=device),
                 torch.zeros(1, dtype=torch.int32, device=device), capacity, limit=10**9,
-                views=(*self.buffers[rank + 1 :], *self.buffers[: rank + 1]),
             )
             for rank in range(ranks)
         ]  # fmt: skip

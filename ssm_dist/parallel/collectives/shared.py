@@ -26,7 +26,6 @@ from ssm_dist.kernels.triton_bulk import (
     bulk_sum_add_rms_norm,
     rows_that_fit,
 )
-from ssm_dist.kernels.triton_copied import copied_sum_add_rms_norm, copies_reach
 from ssm_dist.kernels.triton_push import (
     PushMemory,
     push_bytes,
@@ -40,11 +39,9 @@ from ssm_dist.parallel.collectives.groups import Group, group_named
 LARGEST_REGION = 384 * 2**20
 """Bytes; longer messages are summed block by block."""
 
-COPIED = 0
-BESIDE_A_SCAN = {False: COPIED, True: COPIED}
+BESIDE_A_SCAN = {False: 1, True: 3}
 """Programs a multiprocessor of a long sum that runs beside a scan, without and with a codec, which takes more
-instructions: H100 (benchmarks/overlap). More would take the registers that the scan's programs need. COPIED:
-none, since the numbers travel by the copy engines; sums without norm have one."""
+instructions: H100 (benchmarks/overlap). More would take the registers that the scan's programs need."""
 
 SMALLEST_SLOT = 4096
 SLOTS = {2: 1024, 3: 1024, 4: 1024}
@@ -117,17 +114,17 @@ class SharedMemory:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`bulk_sum_add_rms_norm`, for rows that fit in one block."""
         residual = None if residual is None else _aligned(residual)
-        given = (_aligned(x), residual, weight, eps, codec, group_size)
-        if leaves_room and BESIDE_A_SCAN[codec != "none"] == COPIED and copies_reach(self.bulk):
-            return copied_sum_add_rms_norm(*given, self.bulk)
-        return bulk_sum_add_rms_norm(*given, self.bulk, programs=self._programs(codec, leaves_room))
+        return bulk_sum_add_rms_norm(
+            _aligned(x), residual, weight, eps, codec, group_size, self.bulk,
+            programs=self._programs(codec, leaves_room),
+        )  # fmt: skip
 
     def _programs(self, codec: str, leaves_room: bool) -> int | None:
         """Of a long sum at most; None: as many as there is room for."""
         if not leaves_room:
             return None
-        about = torch.cuda.get_device_properties(self.bulk.epochs.device)
-        return max(1, BESIDE_A_SCAN[codec != "none"]) * about.multi_processor_count
+        device = self.bulk.epochs.device
+        return BESIDE_A_SCAN[codec != "none"] * torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: torch.device) -> bool:
@@ -186,8 +183,7 @@ def _memory_at(
     addresses: list[int], group: Group, slots: int, slot_bytes: int, capacity: int, device: torch.device,
     handle: Any,
 ) -> SharedMemory:  # fmt: skip
-    order = [*range(group.rank + 1, group.size), *range(group.rank + 1)]
-    around = [addresses[rank] for rank in order]
+    around = addresses[group.rank + 1 :] + addresses[: group.rank + 1]
     at_push = bulk_bytes(group.size, capacity)
     error = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
     counters = torch.zeros(slots, dtype=torch.int32, device=device)
@@ -195,10 +191,7 @@ def _memory_at(
     limit = _nanoseconds(group.timeout_seconds)
     words = error_words(error, device)
     push = PushMemory(group.rank, tuple(a + at_push for a in around), counters, words, slot_bytes, limit)
-    views: tuple[Tensor, ...] = ()
-    if handle is not None:
-        views = tuple(handle[0].get_buffer(rank, (at_push,), torch.uint8) for rank in order)
-    bulk = BulkMemory(group.rank, tuple(around), epochs, words, capacity, limit, views)
+    bulk = BulkMemory(group.rank, tuple(around), epochs, words, capacity, limit)
     return SharedMemory(push, bulk, error, handle)
 
 
