@@ -12,30 +12,6 @@ MATRIX = [
         (64, 64, 264, 6), (64, 128, 264, 4), (64, 128, 132, 5), (128, 128, 132, 3),
     )
 ]  # fmt: skip
-DEALT: dict[str, tuning.Configuration] = {
-    f"{programs} x {n}x{k}, {stages} deep, {warps} warps" + (f", {ahead} ahead" if ahead else "")
-    + {-1: "", 0: ", dealt out", 1: ", by descriptors"}[tma]: {
-        "BLOCK_N": n, "BLOCK_K": k, "AHEAD": ahead, "PROGRAMS": programs,
-        "num_warps": warps, "num_stages": stages, **({"TMA": tma} if tma >= 0 else {}),
-    }
-    for tma, programs, n, k, stages, warps, ahead in (
-        (1, 132, 128, 64, 4, 4, 256), (1, 132, 128, 64, 6, 8, 256), (1, 264, 128, 64, 4, 4, 256),
-        (1, 132, 64, 64, 6, 4, 256), (1, 264, 64, 64, 6, 4, 256), (1, 80, 128, 64, 6, 8, 256),
-        (1, 128, 128, 64, 6, 8, 256), (1, 132, 128, 64, 4, 4, 0), (1, 132, 128, 64, 6, 8, 0),
-        (1, 132, 128, 128, 3, 8, 0), (1, 264, 128, 64, 4, 4, 0), (1, 264, 64, 64, 6, 4, 0),
-        (1, 132, 256, 64, 4, 8, 0), (0, 132, 128, 64, 6, 8, 0), (0, 264, 128, 64, 4, 4, 0),
-        (-1, 132, 128, 128, 3, 4, 0), (-1, 264, 128, 64, 4, 4, 0),
-    )
-}  # fmt: skip
-"""Of 17 to 64 rows: the weight dealt out evenly, by descriptors or pointers, or sums in equal shares."""
-STEP_DEALT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    rows: {
-        f"dealt out: {name}": {f"linear_{rows}": [(3e6, {}), (tuning.ANY, DEALT[name])]}
-        for name in list(DEALT)[:7]
-    }
-    for rows in (64, 32)
-}
-"""The same in whole steps, where other kernels lie between."""
 FOUR: tuning.Configuration = {"num_warps": 4, "num_stages": 4}
 DEEP: tuning.Configuration = {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_warps": 4}
 SHARED: tuning.Configuration = {**DEEP, "PROGRAMS": 132, "num_stages": 5}
@@ -64,9 +40,9 @@ NARROW: dict[str, dict[str, tuning.Configuration | tuning.Rows]] = {
 }  # fmt: skip
 """x_proj of many sequences: rows dealt out, few enough that adding up the shares of a sum takes little."""
 JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    64: {"dt_proj": {"linear_64": [(3e6, SHARED), (tuning.ANY, {})]}, **STEP_DEALT[64], **UPDATES, **NARROW},
+    64: {"dt_proj": {"linear_64": [(3e6, SHARED), (tuning.ANY, {})]}, **UPDATES, **NARROW},
     256: UPDATES,
-    32: {**STEP_DEALT[32], **UPDATES, **NARROW},
+    32: {**UPDATES, **NARROW},
     16: {**UPDATES, **NARROW},
     4: {"update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}}},
     1: {"update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}}},

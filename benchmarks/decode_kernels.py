@@ -1,13 +1,12 @@
 """Linear layers of few rows by configuration, and whole decode steps by what serves them, on one GPU.
 
-    python -m benchmarks.decode_kernels [--only dealt] [--seconds 90] [--out decode_kernels.json]
+    python -m benchmarks.decode_kernels [--seconds 90] [--out decode_kernels.json]
 
-Parts: "dealt", the layers of 17 to 64 rows (`decode_dealt`); "joint" and "steps", decode steps of whole
-models with random weights, from token ids to logits, captured in a CUDA graph, by configuration and by what
-serves them, in milliseconds; "layers", the linear layers that a rank holds, by the candidates of the tuning
-table and by torch, in a graph of calls on so many weights that the L2 cache holds none of them, in
-microseconds a call. The floor is the time to read the weights at a large copy's rate. What the time allowed
-leaves out is said. The last line is one JSON document.
+Part 1: decode steps of whole models with random weights, from token ids to logits, captured in a CUDA graph,
+by configuration and then by what serves them; milliseconds. Part 2: the linear layers that a rank holds, by
+the candidates of the tuning table and by torch, in a graph of calls on so many weights that the L2 cache
+holds none of them; microseconds a call. The floor is the time to read the weights at a large copy's rate.
+What the time allowed leaves out is said. The last line is one JSON document.
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from rich.console import Console
 from torch import Tensor
 
 from benchmarks.decode_candidates import JOINT, MATRIX, ROWS, VECTOR
-from benchmarks.decode_dealt import compile_candidates, dealt_rows, tables
 from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import linear_layers
 from ssm_dist.kernel_benchmark.clock import Call, Clock
@@ -38,7 +36,6 @@ from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.registry import preset
 
-PARTS = ["dealt", "joint", "steps", "layers"]
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
           ("falcon-mamba-7b", 4), ("zamba-7b", 1), ("zamba-7b", 4)]  # fmt: skip
 """Model and degree, in the order in which the time is spent."""
@@ -184,71 +181,47 @@ def _named(config: dict[str, int]) -> str:
     return " ".join(f"{k}={v}" for k, v in config.items())
 
 
-TIMES = dict.fromkeys(("floor", "torch", "ordinary", "dependent"), ".2f")
-
-
-def time_dealt(clock: Clock, copy: float, deadline: float, console: Console) -> dict[str, Any]:
-    """Part "dealt" of the report."""
-    rows = list(dealt_rows(clock, copy, deadline))
-    for part in tables(rows):
-        console.print(part)
-    return {"dealt": rows}
-
-
-def time_steps(
-    clock: Clock, copy: float, deadline: float, console: Console, parts: list[str]
-) -> dict[str, Any]:
-    """Parts "joint" and "steps"."""
-    model, found = random_model(STEPS[0][0]), {}
-    if "joint" in parts:
-        found["joint"] = list(joint_rows(model, clock, deadline))
-        columns = {"sequences": "d", "config": "", "ms": ".3f"}
-        console.print(table(found["joint"], f"Steps of {STEPS[0][0]}", columns))
-    if "steps" in parts:
-        found["steps"] = list(step_rows(model, clock, copy, deadline))
-        columns = {"model": "", "sequences": "d", **TIMES}
-        columns |= dict.fromkeys(("separate", "separate update", "conv 64"), ".2f")
-        console.print(table(found["steps"], "Decode steps, ms", columns))
-    return found
-
-
-def time_layers(clock: Clock, copy: float, deadline: float, console: Console) -> dict[str, Any]:
-    """Part "layers"."""
-    rows = list(layer_rows(clock, copy, deadline))
-    columns = {"N": "d", "K": "d", "rows": "d", **TIMES, "of_floor": ".0%", "best": ""}
-    named = [{**row, "best": _named(row["candidates"][0][1])} for row in rows]
-    console.print(table(named, "Linear layers, us", columns))
-    return {"layers": rows}
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="parts to time")
-    parser.add_argument("--seconds", type=float, default=90, help="after which no new case starts")
-    parser.add_argument("--out", type=Path, help="write the JSON document here too")
-    return parser
-
-
 @torch.inference_mode()
 def main() -> None:
     """See the module."""
-    options = _parser().parse_args()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=90, help="after which no new case starts")
+    parser.add_argument("--out", type=Path, help="write the JSON document here too")
+    options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
-    if "dealt" in options.only:
-        compile_candidates()
     device = torch.device("cuda")
     backend.select("triton", device)
-    clock, console = Clock(device), Console(width=180)
+    clock = Clock(device)
     copy = clock.copy_rate()
-    report: dict[str, Any] = {"environment": environment(device), "copy_bytes_s": copy}
-    if "dealt" in options.only:
-        report |= time_dealt(clock, copy, deadline, console)
-    if "joint" in options.only or "steps" in options.only:
-        report |= time_steps(clock, copy, deadline, console, options.only)
-    if "layers" in options.only:
-        report |= time_layers(clock, copy, deadline, console)
+    report: dict[str, Any] = {
+        "environment": environment(device),
+        "copy_bytes_s": copy,
+        "steps": [],
+        "joint": [],
+    }
+    times = dict.fromkeys(("floor", "torch", "ordinary", "dependent"), ".2f")
+    console = Console(width=180)
+    model = random_model(STEPS[0][0])
+    report["joint"] = list(joint_rows(model, clock, deadline))
+    console.print(
+        table(report["joint"], f"Steps of {STEPS[0][0]}", {"sequences": "d", "config": "", "ms": ".3f"})
+    )
+    report["steps"] = list(step_rows(model, clock, copy, deadline))
+    del model
+    columns = {"model": "", "sequences": "d", **times}
+    columns |= dict.fromkeys(("separate", "separate update", "conv 64"), ".2f")
+    console.print(table(report["steps"], "Decode steps, ms", columns))
+    report["layers"] = list(layer_rows(clock, copy, deadline))
+    columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
+    console.print(
+        table(
+            [{**row, "best": _named(row["candidates"][0][1])} for row in report["layers"]],
+            "Linear layers, us",
+            columns,
+        )
+    )
     document = json.dumps(report)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,7 @@ A row, and up to 4 by a small weight, multiply on the ordinary units: a program 
 in registers, all asked for before it waits for its input. Otherwise the tensor cores multiply: tiles of the
 weight from the left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few
 tiles to occupy the GPU, several programs share the sum of one; the last of them adds up what the others have
-left, which takes long for many rows, so that these may be dealt out in blocks. Configurations that name TMA
-are those of `triton_linear_streamed`.
+left, which takes long for many rows, so that these may be dealt out in blocks.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options, prefetch, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import factor
-from ssm_dist.kernels.triton_linear_streamed import streamed
 from ssm_dist.kernels.triton_shares import COUNTERS, counters, last_to_finish
 
 MOST_ROWS = 64
@@ -185,8 +183,6 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     transposed = not weight.is_contiguous()
     config = dict(_matrix_configuration(x, weight))
-    if "TMA" in config:
-        return streamed(x, weight, bias, y, _padded(tokens), config)
     rows = min(config.pop("BLOCK_T", MOST_ROWS), _padded(tokens))
     across, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
     tiles = triton.cdiv(tokens, rows) * across

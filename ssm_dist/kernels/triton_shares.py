@@ -10,8 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_dist.kernels.triton_common import INTERPRETED
-
 COUNTERS = 4096
 """Sums of one launch that programs can share."""
 
@@ -23,21 +21,12 @@ def counters(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _barrier():
-    """Wait for all threads of the program. Around `tl.debug_barrier`, loops would not load ahead."""
-    if not INTERPRETED:
-        tl.inline_asm_elementwise(
-            "{ bar.sync 0; mov.u32 $0, $1; }", "=r,r", [0], tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def last_to_finish(counter, programs):
     """Whether all programs that share a counter have stored their parts; then it is zero again.
 
     The parts must be read past the L1 cache (".cg").
     """
-    _barrier()
+    tl.debug_barrier()
     last = tl.atomic_add(counter, 1, sem="acq_rel") == programs - 1
     if last:
         tl.store(counter, 0)

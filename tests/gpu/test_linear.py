@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend, triton_linear, tuning
-from ssm_dist.kernels.triton_shares import counters
 from tests.kernels.inputs import conv_inputs, projected_update_inputs, scan_inputs
 
 pytestmark = [
@@ -21,13 +20,6 @@ pytestmark = [
 ROWS = [1, 2, 3, 4, 5, 8, 16, 17, 32, 33, 64]
 SHAPES = [(10240, 2560), (2560, 5120), (1280, 160), (3712, 14848), (50280, 2560), (101, 37), (1, 8)]
 """(N, K): projections of the released models, and odd ones."""
-
-
-DEALT = [
-    (1, 132, 128, 64, 4, 4, 0), (1, 132, 128, 64, 6, 8, 256), (1, 264, 128, 64, 4, 4, 256),
-    (1, 264, 64, 64, 6, 4, 0), (1, 132, 128, 128, 3, 8, 0), (1, 128, 256, 64, 4, 8, 0),
-    (0, 132, 128, 64, 6, 8, 0), (0, 264, 128, 64, 4, 4, 256), (0, 264, 64, 64, 6, 4, 0),
-]  # fmt: skip
 
 
 def bounded(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -58,33 +50,6 @@ def test_few_rows_of_any_number_are_multiplied(shape: tuple[int, int]) -> None:
             assert torch.equal(kernels.linear(x, weight), kernels.linear(x, weight)), rows
 
 
-@pytest.mark.parametrize("config", DEALT, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(10240, 2560), (2560, 5120), (5120, 2560), (2560, 2560), (101, 37), (104, 72)], ids=str
-)
-def test_a_weight_dealt_out_evenly(shape: tuple[int, int], config: tuple[int, ...]) -> None:
-    """By descriptors (TMA) where rows begin at multiples of 16 bytes; every call has the same bits."""
-    names = ("TMA", "PROGRAMS", "BLOCK_N", "BLOCK_K", "num_stages", "num_warps", "AHEAD")
-    forced = dict(zip(names, config, strict=True))
-    with backend.using("triton", "cuda"), torch.device("cuda"):
-        weight, bias = torch.randn(shape).bfloat16(), torch.randn(shape[0]).bfloat16()
-        torch.cuda.synchronize()
-        for rows in (17, 33, 64):
-            x = torch.randn(rows, 2 * shape[1]).bfloat16()[:, shape[1] :]
-            with tuning.forced(f"linear_{triton_linear._padded(rows)}", forced):
-                first = kernels.linear(x, weight, bias)
-                assert bounded(first, x, weight, bias), rows
-                assert all(torch.equal(kernels.linear(x, weight, bias), first) for _ in range(20)), rows
-        assert not counters(x.device).any()
-
-
-@pytest.mark.parametrize("tma", [0, 1])
-def test_a_captured_chain_of_layers_dealt_out_equals_the_same_calls_one_by_one(tma: int) -> None:
-    config = {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 256, "PROGRAMS": 20, "num_warps": 4, "num_stages": 4}
-    with tuning.forced("linear_64", {**config, "TMA": tma}):
-        check_captured_chain(64)
-
-
 @pytest.mark.parametrize("shape", [(192, 5120), (288, 8192), (264, 3712), (37, 101)], ids=str)
 def test_transposed_weights(shape: tuple[int, int]) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):
@@ -110,10 +75,6 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("rows", [1, 4, 16, 64])
 def test_a_captured_chain_of_layers_equals_the_same_calls_one_by_one(rows: int) -> None:
-    check_captured_chain(rows)
-
-
-def check_captured_chain(rows: int) -> None:
     """Each starts before the one before it has finished; small ones, so that many are under way at once."""
     with backend.using("triton", "cuda"), torch.device("cuda"):
         wide = [torch.randn(512, 256).bfloat16() / 16 for _ in range(24)]

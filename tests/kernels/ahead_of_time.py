@@ -28,7 +28,6 @@ from ssm_dist.kernels import (
     triton_attention,
     triton_conv,
     triton_linear,
-    triton_linear_streamed,
     triton_norm,
     triton_projected_conv,
     triton_projected_update,
@@ -78,14 +77,6 @@ MATRIX = {
     "TRANSPOSED": 0, "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
     "BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 512, "num_warps": 4, "num_stages": 4,
 }  # fmt: skip
-STREAMED = {
-    "TMA": False, "WHOLE": True, "HAS_BIAS": True, "x_tiles": "*bf16", "weight_tiles": "*bf16",
-    "BLOCK_T": 64, "BLOCK_N": 128, "BLOCK_K": 64, "AHEAD": 512, "num_warps": 4, "num_stages": 4,
-}  # fmt: skip
-DESCRIBED = {
-    **STREAMED, "TMA": True, "x_tiles": "tensordesc<bf16[64, 64]>",
-    "weight_tiles": "tensordesc<bf16[128, 64]>",
-}  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -120,8 +111,6 @@ KERNELS: dict[str, Case] = {
     "linear, 16 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
     "linear, transposed": Case(triton_linear._matrix_kernel, {**MATRIX, "TRANSPOSED": 192, "BLOCK_T": 16}),
     "linear, 64 rows": Case(triton_linear._matrix_kernel, {**MATRIX, "BLOCK_T": 64}),
-    "linear, dealt out": Case(triton_linear_streamed._streamed_kernel, STREAMED, "", (90,)),
-    "linear, dealt out, by descriptors": Case(triton_linear_streamed._streamed_kernel, DESCRIBED, "", (90,)),
     "projected conv": Case(
         triton_projected_conv._projected_conv_kernel, PROJECTED_CONV, "projected_conv_update"
     ),
@@ -160,8 +149,7 @@ def compiled(
     aligned = [
         p.num
         for p in kernel.params
-        if not (p.is_constexpr or p.do_not_specialize or p.name in unaligned)
-        and (isinstance(types[p.name], tuple) or not types[p.name].startswith(("fp32", "tensordesc")))
+        if not (p.is_constexpr or p.do_not_specialize or types[p.name] == "fp32" or p.name in unaligned)
     ]
     source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         fn=kernel,

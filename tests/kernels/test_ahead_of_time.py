@@ -27,8 +27,6 @@ REGISTERS = {
     ("linear, 16 rows", 90): 128, ("linear, 16 rows", 80): 128,
     ("linear, transposed", 90): 96, ("linear, transposed", 80): 96,
     ("linear, 64 rows", 90): 168, ("linear, 64 rows", 80): 168,
-    ("linear, dealt out", 90): 255,
-    ("linear, dealt out, by descriptors", 90): 255,
     ("projected conv", 90): 168, ("projected conv", 80): 168,
     ("projected update", 90): 128, ("projected update", 80): 128,
     ("projected updates, 64 sequences", 90): 120, ("projected updates, 256 sequences", 90): 200,
