@@ -1,6 +1,8 @@
 """Ranks in the threads of one process: a plan can be tried where no process group exists.
 
-The reductions are opaque ops, so that a dispatch mode can answer them in a thread's stead.
+The reductions are opaque ops, so that a dispatch mode can answer them in a thread's stead. The ranks take turns,
+each running until it needs the others: torch's own lazy imports and tables of modes are not made for threads that
+meet in them for the first time, and crashed there, rarely, when the ranks ran at once.
 """
 
 from __future__ import annotations
@@ -37,26 +39,33 @@ class _Exchange:
     def __init__(self, degree: int) -> None:
         self.board: list[Any] = [None] * degree
         self.barriers = {(0, degree): threading.Barrier(degree)}
-        self.lock = threading.Lock()
+        self.turn = threading.Lock()
+        """Held by the rank that runs."""
+        self.failed = False
 
     def swap(self, rank: int, group: str, what: tuple[str, Tensor]) -> list[Tensor]:
         """Every rank's tensor, in the order of ranks."""
         first, size = map(int, group.split()[1:])
-        with self.lock:
-            barrier = self.barriers.setdefault((first, size), threading.Barrier(size))
+        if self.failed:
+            raise threading.BrokenBarrierError
+        barrier = self.barriers.setdefault((first, size), threading.Barrier(size))
         self.board[rank] = what
-        barrier.wait(SECONDS)
-        found = self.board[first : first + size]
-        barrier.wait(SECONDS)
+        self.turn.release()
+        try:
+            barrier.wait(SECONDS)
+            found = self.board[first : first + size]
+            barrier.wait(SECONDS)
+        finally:
+            self.turn.acquire()
         kinds = {(name, tensor.shape) for name, tensor in found}
         assert len(kinds) == 1, f"the ranks do not send the same: {kinds}"
         return [tensor for _, tensor in found]
 
     def abort(self) -> None:
-        """Wake all that wait, since somebody will not come."""
-        with self.lock:
-            for barrier in self.barriers.values():
-                barrier.abort()
+        """Wake all that wait, since somebody will not come, and let nobody wait any more."""
+        self.failed = True
+        for barrier in self.barriers.values():
+            barrier.abort()
 
 
 class _Answering(TorchDispatchMode):
@@ -82,19 +91,20 @@ class _Answering(TorchDispatchMode):
 
 
 def on_simulated_ranks(degree: int, fn: Callable[[TensorParallel], Result]) -> list[Result]:
-    """fn on each of `degree` ranks at once, in inference mode; results by rank. Raises the first error."""
+    """fn on each of `degree` ranks, in inference mode; results by rank. Raises the first error."""
     exchange = _Exchange(degree)
     results: list[Any] = [None] * degree
     errors: list[Exception] = []
 
     def serve(rank: int) -> None:
         tp = SimulatedRank(cast(Any, None), rank, degree, f"simulated 0 {degree}")
-        try:
-            with torch.inference_mode(), _Answering(rank, exchange):
-                results[rank] = fn(tp)
-        except Exception as error:
-            errors.append(error)
-            exchange.abort()
+        with exchange.turn:
+            try:
+                with torch.inference_mode(), _Answering(rank, exchange):
+                    results[rank] = fn(tp)
+            except Exception as error:
+                errors.append(error)
+                exchange.abort()
 
     threads = [threading.Thread(target=serve, args=(rank,), daemon=True) for rank in range(degree)]
     for thread in threads:
