@@ -34,6 +34,7 @@ from ssm_dist.kernel_benchmark.program import environment, table
 from ssm_dist.kernels import backend, dependent_launch, tuning
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.registry import preset
 
 LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-2.8b", 2),
@@ -49,11 +50,8 @@ VARIANTS = {
     "separate": (JOINED, False),
     "separate update": (JOINED[1:], False),
     "dependent": ([], False),
-    "conv 64": ([], False),
 }
 """Name -> ops served by their definitions, and whether kernels are launched in the ordinary way.
-
-"conv 64": so few channels a program that the joined convolution takes Falcon's x_proj, too.
 """
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
@@ -64,9 +62,7 @@ def variant(name: str) -> Iterator[None]:
     """What serves a decode step: see VARIANTS."""
     definitions, ordinary = VARIANTS[name]
     launches = dependent_launch.ordinary_launches() if ordinary else contextlib.nullcontext()
-    fewer = {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 8}
-    conv = tuning.forced(JOINED[0], fewer) if name == "conv 64" else contextlib.nullcontext()
-    with launches, conv, backend.using("triton", "cuda", definitions=definitions):
+    with launches, backend.using("triton", "cuda", definitions=definitions):
         yield
 
 
@@ -80,6 +76,7 @@ def random_model(name: str) -> LanguageModel:
     for parameter_name, parameter in model.named_parameters():
         wide = parameter.dim() > 1 and not parameter_name.endswith("A_log")
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if wide else 0.5)
+    arrange_weights(model)
     return model
 
 
@@ -211,7 +208,7 @@ def main() -> None:
     report["steps"] = list(step_rows(model, clock, copy, deadline))
     del model
     columns = {"model": "", "sequences": "d", **times}
-    columns |= dict.fromkeys(("separate", "separate update", "conv 64"), ".2f")
+    columns |= dict.fromkeys(("separate", "separate update"), ".2f")
     console.print(table(report["steps"], "Decode steps, ms", columns))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}

@@ -21,6 +21,7 @@ from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import CodecName
 from ssm_dist.memory import estimate, require_memory
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
+from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
 from ssm_dist.parallel.collectives import Reductions, Wire, broadcast_bytes
 from ssm_dist.parallel.collectives.tables import SHIPPED, table_from_json, use_table
@@ -88,6 +89,7 @@ def load_model(config: Config) -> LoadedModel:
     _check_memory(model, source, plan, config, ranks)
     _load(model, source, ranks)
     localise(model)
+    arrange_weights(model)
     checkpoint = source.checkpoint
     tokenizer = None if checkpoint is None else Tokenizer.from_folder(checkpoint.folder)
     return LoadedModel(

@@ -117,7 +117,7 @@ class CompileConfig(Section):
 
 
 class PrefillConfig(Section):
-    chunk_tokens: int = Field(8192, strict=True, ge=1)
+    chunk_tokens: int = Field(16384, strict=True, ge=1)
     """Prompt tokens in one step at most; longer prompts continue from the state."""
 
     overlap_tokens: int = Field(16384, strict=True, ge=0)

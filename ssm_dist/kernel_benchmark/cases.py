@@ -73,7 +73,7 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
                 yield _conv(sizes, sequences, 1)
                 yield _scan(sizes, sequences, 1)
             for sequences in FEW_SEQUENCES:
-                yield _projected_conv(sizes, config.dt_rank, sequences)
+                yield _projected_conv(sizes, config, sequences)
                 yield _projected(sizes, config.dt_rank, sequences)
             for columns, width in linear_layers(config, degree):
                 yield from (_linear(model, degree, columns, width, rows) for rows in FEW_ROWS)
@@ -153,13 +153,20 @@ def _scan(sizes: _Sizes, sequences: int, tokens: int) -> Case:
     return Case(op, sizes.model, sizes.degree, sequences, tokens, channels, make, moved, 0, special)
 
 
-def _projected_conv(sizes: _Sizes, rank: int, sequences: int) -> Case:
-    update, outputs = _conv(sizes, sequences, 1), rank + 2 * sizes.states
+def _projected_conv(sizes: _Sizes, config: LanguageModelConfig, sequences: int) -> Case:
+    update, outputs = _conv(sizes, sequences, 1), config.dt_rank + 2 * sizes.states
+    width = config.d_model
 
     def make(device: torch.device) -> list[Any]:
-        return [*update.make(device), _normal(sizes.channels, outputs, device=device), sizes.groups]
+        _, taps, bias, state, slots = update.make(device)
+        hidden = _normal(sequences, width, device=device)
+        weight = _normal(2 * sizes.channels, width, device=device)
+        x_proj = _normal(outputs, sizes.channels, device=device).T
+        return [hidden, weight, None, taps, bias, state, slots, x_proj, sizes.groups]
 
-    moved = update.bytes + HALF * outputs * (sizes.channels + sequences * sizes.groups)
+    moved = update.bytes + HALF * (
+        outputs * (sizes.channels + sequences * sizes.groups) + width * (2 * sizes.channels + sequences)
+    )
     return dataclasses.replace(update, op="projected_conv_update", make=make, bytes=moved)
 
 
@@ -185,10 +192,12 @@ def _add_norm(model: str, width: int, rows: int) -> Case:
 
 
 def linear_layers(config: LanguageModelConfig, degree: int) -> Iterator[tuple[int, int]]:
-    """(outputs, inputs) that a rank holds of in_proj, out_proj and the head."""
+    """(outputs, inputs) that a rank holds of in_proj, out_proj, x_proj (of one head) and the head."""
     channels = config.d_inner // degree
     yield 2 * channels, config.d_model
     yield config.d_model, channels
+    if _groups(config, degree) == 1:
+        yield config.dt_rank + 2 * config.d_state, channels
     yield config.vocab_rows // degree, config.d_model
 
 

@@ -2,7 +2,7 @@
 
 from ssm_dist.kernels.attention import paged_attention
 from ssm_dist.kernels.convolution import causal_conv, causal_conv_update, projected_conv_update
-from ssm_dist.kernels.linear import linear
+from ssm_dist.kernels.linear import linear, project_heads
 from ssm_dist.kernels.norm import add_rms_norm, rms_normalize
 from ssm_dist.kernels.scan import projected_state_update, selective_scan, selective_state_update
 
@@ -12,6 +12,7 @@ __all__ = [
     "causal_conv_update",
     "linear",
     "paged_attention",
+    "project_heads",
     "projected_conv_update",
     "projected_state_update",
     "rms_normalize",

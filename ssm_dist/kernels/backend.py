@@ -30,6 +30,7 @@ SERVES: dict[str, dict[str, str]] = {
     "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "linear": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
+    "project_heads": {"triton": "triton", "mamba_ssm": "triton"},
     "projected_conv_update": {"triton": "triton", "mamba_ssm": "reference"},
     "projected_state_update": {"triton": "triton", "mamba_ssm": "reference"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},

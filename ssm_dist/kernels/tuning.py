@@ -64,14 +64,6 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
         ],
     },
-    # up to 4 sequences; size: channels. With fewer channels than threads, threads repeat each other's loads
-    "projected_conv_update": {
-        90: [
-            (2048, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2}),
-            (ANY, {"BLOCK_D": 256, "BLOCK_P": 32, "num_warps": 8}),
-        ],
-        80: [(ANY, {"BLOCK_D": 64, "BLOCK_P": 16, "num_warps": 2})],
-    },
     # size: sequences. With SEQUENCES, on the tensor cores; empty: by separate kernels
     "projected_state_update": {
         90: [
@@ -100,27 +92,21 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     # 1 row, on the ordinary units; size: numbers of the weight
     "linear_1": {
-        90: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
+        90: [
+            (3e6, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4}),
+            (ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}),
+        ],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
     },
     # up to 4 rows, the same. Empty: on the tensor cores, as up to 16 rows
     "linear_4": {
-        90: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
+        90: [(3e6, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
         80: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
-    },
-    # by a transposed weight; size: rows
-    "linear_transposed": {
-        90: [
-            (4, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
-            (16, {}),
-            (ANY, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
-        ],
-        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP})],
     },
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch
     "linear_16": {
         90: [
-            (3e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
+            (3e6, {"BLOCK_N": 32, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 264, **FOUR_DEEP}),
             (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
         ],
@@ -128,13 +114,17 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_32": {
         90: [
+            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
             (ANY, {}),
         ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
     },
     "linear_64": {
-        90: [(ANY, {})],
+        90: [
+            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
+            (ANY, {}),
+        ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
     },
 }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_dist import kernels
-from ssm_dist.kernels.linear import linear_by_head, project_heads
+from ssm_dist.kernels.linear import linear_by_head
 from ssm_dist.models.batch import MixerState, RaggedBatch
 from ssm_dist.models.layers import Linear, PackedLinear
 
@@ -62,7 +62,12 @@ class HeadwiseProjection(nn.Module):
 
         projected: that result, where it is already there: then only what plans add is left to do.
         """
-        return project_heads(x, self.weight, self.heads_held()) if projected is None else projected
+        return kernels.project_heads(x, self.weight, self.heads_held()) if projected is None else projected
+
+    def arrange(self) -> None:
+        """Let the weight be a view of (d_out, channels held), which decode steps read fastest."""
+        self.weight.data = self.weight.data.T.contiguous().T
+
 
     def heads_held(self) -> int:
         """Heads, or one part of a head, that this rank has."""
@@ -99,17 +104,17 @@ class MambaMixer(nn.Module):
 
     def forward(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
         """hidden (T, d_model), normed -> (T, d_model), the branch; `state` is updated in place."""
-        x, z = self.in_proj(hidden)
         mix = self._step if batch.decode else self._scan
-        return self.out_proj(mix(x, z, batch, state))
+        return self.out_proj(mix(hidden, batch, state))
 
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""
         channels, width = self.conv.weight.shape
         return (width - 1, channels), (channels, self.A_log.shape[1])
 
-    def _scan(self, x: Tensor, z: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
-        """From the projections x and z (T, d_inner) of any tokens to the gated output."""
+    def _scan(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+        """From any tokens to the gated output (T, d_inner)."""
+        x, z = self.in_proj(hidden)
         x = self.conv(x, batch, state.conv)
         dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         if self.mixer_rms_eps is not None:
@@ -119,13 +124,20 @@ class MambaMixer(nn.Module):
             state.ssm, batch.seq_offsets, batch.slots,
         )  # fmt: skip
 
-    def _step(self, x: Tensor, z: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
-        """The same of one token a sequence, in two kernels, and what plans add to x_proj between them."""
-        x, projected = kernels.projected_conv_update(
-            x, self.conv.weight, self.conv.bias, state.conv, batch.slots,
+    def _step(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+        """The same of one token a sequence, in two halves, and what plans add to x_proj between them."""
+        x, z, projected = kernels.projected_conv_update(
+            hidden, *self.in_proj.packed(), self.conv.weight, self.conv.bias, state.conv, batch.slots,
             self.x_proj.weight, self.x_proj.heads_held(),
         )  # fmt: skip
         return kernels.projected_state_update(
             x, self.x_proj(x, projected), self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,
             state.ssm, batch.slots, self.mixer_rms_eps,
         )  # fmt: skip
+
+
+def arrange_weights(model: nn.Module) -> None:
+    """Lay a loaded model's weights out in memory as its decode steps read them; shapes and values stay."""
+    for module in model.modules():
+        if isinstance(module, HeadwiseProjection):
+            module.arrange()

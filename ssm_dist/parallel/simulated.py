@@ -1,8 +1,8 @@
 """Ranks in the threads of one process: a plan can be tried where no process group exists.
 
-The reductions are opaque ops, so that a dispatch mode can answer them in a thread's stead. The ranks take turns,
-each running until it needs the others: torch's own lazy imports and tables of modes are not made for threads that
-meet in them for the first time, and crashed there, rarely, when the ranks ran at once.
+The reductions are opaque ops, so that a dispatch mode can answer them in a thread's stead. The ranks take
+turns, each running until it needs the others: torch's lazy imports and tables of modes are not made for
+threads that meet in them for the first time, and crashed there, rarely, when the ranks ran at once.
 """
 
 from __future__ import annotations

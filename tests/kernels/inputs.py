@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 SLOTS = 12
-"""State slots, more than the sequences of any test."""
+"""State slots, at least."""
 
 
 def offsets_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
+def slots_for(count: int) -> int:
+    """State slots, one for each sequence and SLOTS at least."""
+    return max(SLOTS, count)
+
+
 def some_slots(count: int) -> Tensor:
     """Different slots in no order."""
-    return torch.randperm(SLOTS, dtype=torch.int32)[:count]
+    return torch.randperm(slots_for(count), dtype=torch.int32)[:count]
 
 
 def conv_inputs(
@@ -24,7 +29,7 @@ def conv_inputs(
     """Arguments of `causal_conv`; x is a view of a packed projection, as the mixer gives it."""
     x = torch.randn(sum(lengths), 2 * channels, dtype=dtype)[:, :channels]
     weight, bias = torch.randn(channels, width, dtype=dtype), torch.randn(channels, dtype=dtype)
-    state = torch.randn(SLOTS, width - 1, channels, dtype=dtype)
+    state = torch.randn(slots_for(len(lengths)), width - 1, channels, dtype=dtype)
     return [x, weight, bias, state, offsets_of(lengths), some_slots(len(lengths))]
 
 
@@ -41,7 +46,7 @@ def scan_inputs(
     B, C = torch.randn(tokens, groups, 2 * states, dtype=dtype).chunk(2, dim=2)
     A_log, D = torch.randn(channels, states, dtype=wide), torch.randn(channels, dtype=wide)
     dt_bias = torch.randn(channels, dtype=wide) - 1
-    state = torch.randn(SLOTS, channels, states, dtype=wide)
+    state = torch.randn(slots_for(len(lengths)), channels, states, dtype=wide)
     return [x, dt, A_log, B, C, D, z, dt_bias, state, offsets_of(lengths), some_slots(len(lengths))]
 
 

@@ -163,9 +163,10 @@ def _state_update(mine: list[Any]) -> Tensor:
 
 
 def _projected_conv(mine: list[Any]) -> Tensor:
-    weight = mine[0].new_ones(mine[0].shape[1], 7)
-    y, projected = kernels.projected_conv_update(*mine[:-2], mine[-1], weight, 1)
-    return y + projected.sum()
+    channels = mine[0].shape[1]
+    weight, x_proj = mine[0].new_ones(channels + 3, channels), mine[0].new_ones(7, channels).T
+    y, z, projected = kernels.projected_conv_update(mine[0], weight, None, *mine[1:-2], mine[-1], x_proj, 1)
+    return y + z.sum() + projected.sum()
 
 
 def _projected_update(mine: list[Any]) -> Tensor:

@@ -76,11 +76,20 @@ def test_up_to_64_rows_are_multiplied(dtype: torch.dtype, tokens: int, shape: tu
     check(x, weight, None)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 64])
-@pytest.mark.parametrize("shape", [(1, 1), (70, 37), (72, 192)], ids=str)
-def test_a_transposed_weight(tokens: int, shape: tuple[int, int]) -> None:
-    x, weight, bias = inputs(tokens, shape, torch.bfloat16)
-    check(x, weight.T.contiguous().T, bias)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (4, 1), (1, 2), (3, 3), (6, 2)])
+def test_heads_are_projected(tokens: int, heads: int, dtype: torch.dtype) -> None:
+    """By a weight stored by its outputs, and by one stored by its inputs."""
+    x, weight, _ = inputs(tokens, (5, 7 * heads), dtype)
+    y = kernels.project_heads(x, weight.T, heads)
+    by_head = x.double().unflatten(1, (heads, -1)), weight.T.double().unflatten(0, (heads, -1))
+    exact = torch.einsum("tgc,gcr->tgr", *by_head)
+    size = torch.einsum("tgc,gcr->tgr", *(t.abs() for t in by_head))
+    bound = 10 * 2.0**-24 * size + torch.finfo(dtype).eps * exact.abs()
+    assert y.shape == (tokens, heads, 5) and y.dtype == dtype
+    assert ((y.double() - exact).abs() <= bound).all()
+    y = kernels.project_heads(x, weight.T.contiguous(), heads)
+    assert ((y.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("programs", [1, 6, 10, 1000])
@@ -92,13 +101,11 @@ def test_programs_that_share_a_sum_count_to_zero_again(programs: int) -> None:
         assert torch.equal(kernels.linear(x, weight, bias), first)
 
 
-@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(("tokens", "programs"), [(17, 1), (40, 1000), (64, 30)])
-def test_rows_dealt_out_in_blocks(tokens: int, programs: int, transposed: bool) -> None:
+def test_rows_dealt_out_in_blocks(tokens: int, programs: int) -> None:
     x, weight, bias = inputs(tokens, (40, 300), torch.bfloat16)
-    weight = weight.T.contiguous().T if transposed else weight
-    op = "linear_transposed" if transposed else f"linear_{triton_linear._padded(tokens)}"
-    with tuning.forced(op, {**TILES, "BLOCK_T": 16, "PROGRAMS": programs}):
+    config = {**TILES, "BLOCK_T": 16, "PROGRAMS": programs}
+    with tuning.forced(f"linear_{triton_linear._padded(tokens)}", config):
         check(x, weight, bias)
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
+from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.parallel import TensorParallel, localise
 from tests.checkpoint.ours import Ours, load_ours
 
@@ -23,6 +24,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Ours:
     tp = TensorParallel.over_all_ranks("cpu") if dist.is_initialized() else None
     ours = load_ours(folder, tp, dtype)
     localise(ours.model)
+    arrange_weights(ours.model)
     return ours
 
 

@@ -1,0 +1,172 @@
+"""Triton kernels of linear layers with few rows, bound by reading the weight.
+
+A row, and up to 4 by a small weight, multiply on the ordinary units: a program holds whole rows of the weight
+in registers, all asked for before it waits for its input. Otherwise the tensor cores multiply: tiles of the
+weight from the left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few
+tiles to occupy the GPU, several programs share the sum of one; the last of them adds up what the others have
+left, which takes long for many rows, so that these may be dealt out in blocks.
+
+Either may end in the causal convolution's update of the first outputs: a mixer's in_proj and what follows it.
+"""
+
+import triton
+import triton.language as tl
+
+from ssm_dist.kernels.dependent_launch import prefetch, start_next, wait_for_inputs
+from ssm_dist.kernels.triton_common import factor
+from ssm_dist.kernels.triton_conv_tail import convolved, window_before
+from ssm_dist.kernels.triton_shares import last_to_finish
+
+
+@triton.jit
+def columns_of(row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, START: tl.constexpr):
+    """A tile of columns START + k of rows that begin at `row`; zeros past K."""
+    if START + BLOCK_K <= K:
+        tile = tl.load(row + (START + k))
+    else:
+        tile = tl.load(row + (START + k), mask=START + k < K, other=0.0)
+    return tile
+
+
+@triton.jit(do_not_specialize=["columns", "channels"])
+def vector_kernel(
+    x, weight, bias, y, x_row, weight_row, columns,
+    taps, conv_bias, state, slots, state_slot, state_row, channels,
+    K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N numbers of a head of each of TOKENS rows.
+
+    It also fetches the weights AHEAD programs on. Head h is what columns h * K ... of x and the weight make.
+    WIDTH: of the convolution that the first `channels` outputs go through; 0 for none.
+    """
+    CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
+    GROUP: tl.constexpr = 16 // TOKENS
+    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    start_next(PDL)
+    blocks = tl.cdiv(columns, BLOCK_N)
+    program, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x += head * K
+    weight += head * K
+    row = weight + (tl.minimum(n, columns - 1).to(tl.int64) * weight_row)[:, None]
+    tiles = ()
+    for c in tl.static_range(CHUNKS):
+        tiles += (columns_of(row, k[None, :], K, BLOCK_K, c * BLOCK_K),)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    if AHEAD > 0 and HEADS == 1 and BLOCK_N * K * BYTES % 16 == 0:
+        later = (program + AHEAD) * BLOCK_N
+        if later + BLOCK_N <= columns:
+            prefetch(weight + later.to(tl.int64) * K + tl.arange(0, 1), BLOCK_N * K * BYTES, PDL)
+    cells = ()
+    if WIDTH > 0:
+        for t in tl.static_range(TOKENS):
+            cells += (state + tl.load(slots + t).to(tl.int64) * state_slot + n,)
+    wait_for_inputs(PDL)
+
+    windows = ()
+    if WIDTH > 0:
+        for t in tl.static_range(TOKENS):
+            windows += (window_before(cells[t], state_row, n < channels, WIDTH - 1),)
+    # Loaded once for each row of the weight, the inputs are where their factors are: in the same threads.
+    same_row = x + tl.zeros((BLOCK_N, 1), tl.int32)
+    sums = ()
+    for _ in tl.static_range(TOKENS):
+        sums += (tl.zeros((BLOCK_N, BLOCK_K), tl.float32),)
+    for first in tl.static_range(0, CHUNKS, GROUP):
+        # The inputs of several chunks are asked for together: each wait for one would be added.
+        inputs = ()
+        for i in tl.static_range(GROUP):
+            for t in tl.static_range(TOKENS):
+                if first + i < CHUNKS:
+                    at = same_row + t * x_row
+                    inputs += (columns_of(at, k[None, :], K, BLOCK_K, (first + i) * BLOCK_K),)
+        for i in tl.static_range(GROUP):
+            if first + i < CHUNKS:
+                factors = tiles[first + i].to(tl.float32)
+                added = ()
+                for t in tl.static_range(TOKENS):
+                    added += (sums[t] + factors * inputs[i * TOKENS + t].to(tl.float32),)
+                sums = added
+    for t in tl.static_range(TOKENS):
+        total = (tl.sum(sums[t], 1) + offset).to(y.dtype.element_ty)
+        if WIDTH > 0:
+            after = convolved(
+                total, windows[t], cells[t], state_row, n < channels, taps, conv_bias, n, channels, WIDTH,
+                HAS_CONV_BIAS,
+            )
+            total = tl.where(n < channels, after.to(y.dtype.element_ty), total)
+        tl.store(y + (t * HEADS + head) * columns.to(tl.int64) + n, total, mask=n < columns)
+
+
+@triton.jit(do_not_specialize=["tokens", "shares", "across", "channels"])
+def matrix_kernel(
+    x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares, across,
+    taps, conv_bias, state, slots, state_slot, state_row, channels,
+    SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width.
+
+    `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share.
+
+    WHOLE: the width consists of whole blocks, and may be prefetched. WIDTH: as in `vector_kernel`.
+    """
+    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    start_next(PDL)
+    tile = tl.program_id(0) // shares
+    share = tl.program_id(0) % shares
+    begin = share * span
+    first = tile % across * BLOCK_N
+    n, k = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
+    if AHEAD > 0 and WHOLE:
+        prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
+    wait_for_inputs(PDL)
+
+    input_row = x + (tl.minimum(t, tokens - 1) * x_row)[None, :]
+    total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    for at in range(begin, tl.minimum(begin + span, width), BLOCK_K):
+        if WHOLE:
+            right = tl.load(input_row + (at + k)[:, None])
+        else:
+            right = tl.load(input_row + (at + k)[:, None], mask=(at + k < width)[:, None], other=0.0)
+        if WHOLE:
+            left = tl.load(row[:, None] + (at + k)[None, :])
+        else:
+            left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < width)[None, :], other=0.0)
+        total = tl.dot(factor(left), factor(right), total)
+
+    sums = tl.trans(total)
+    cell = t.to(tl.int64)[:, None] * columns + n[None, :]
+    inside = (t < tokens)[:, None] & (n < columns)[None, :]
+    last = True
+    if SHARED:
+        size = tokens.to(tl.int64) * columns
+        tl.store(parts + share * size + cell, sums, mask=inside)
+        last = last_to_finish(counters + tile, shares)
+        if last:
+            sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+            for other in range(shares):
+                sums += tl.load(parts + other * size + cell, mask=inside, other=0.0, cache_modifier=".cg")
+    if last:
+        if HAS_BIAS:
+            sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        result = sums.to(y.dtype.element_ty)
+        if WIDTH > 0:
+            slot = tl.load(slots + t, mask=t < tokens, other=0).to(tl.int64)
+            cells = state + slot[:, None] * state_slot + n[None, :]
+            mine = inside & (n < channels)[None, :]
+            window = window_before(cells, state_row, mine, WIDTH - 1)
+            after = convolved(
+                result, window, cells, state_row, mine, taps, conv_bias, n[None, :], channels, WIDTH,
+                HAS_CONV_BIAS,
+            )
+            result = tl.where((n < channels)[None, :], after.to(y.dtype.element_ty), result)
+        tl.store(y + cell, result, mask=inside)
