@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.decode_candidates import JOINT, MATRIX, ROWS, VECTOR
+from benchmarks.decode_candidates import DEALT, JOINT, MATRIX, ROWS, VECTOR
 from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import linear_layers
 from ssm_dist.kernel_benchmark.clock import Call, Clock
@@ -139,7 +139,9 @@ def candidates_row(
     x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
     calls: list[Call] = [functools.partial(kernels.linear, x, weight) for weight in weights]
     torchs: list[Call] = [functools.partial(F.linear, x, weight) for weight in weights]
-    candidates = {"linear_1": VECTOR, "linear_4": VECTOR[:3]}.get(op, MATRIX)
+    candidates = {"linear_1": VECTOR, "linear_4": [{}, *VECTOR[:5]], "linear_16": MATRIX}.get(
+        op, MATRIX + DEALT if weights[0].numel() < 3e6 else MATRIX
+    )
     found: list[tuple[float, dict[str, int]]] = []
     for config in candidates:
         with tuning.forced(op, config), contextlib.suppress(Exception):  # too much shared memory

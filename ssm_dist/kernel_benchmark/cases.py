@@ -75,6 +75,8 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
             for sequences in FEW_SEQUENCES:
                 yield _projected_conv(sizes, config, sequences)
                 yield _projected(sizes, config.dt_rank, sequences)
+                if sizes.groups > 1:
+                    yield _project_heads(sizes, config.dt_rank, sequences)
             for columns, width in linear_layers(config, degree):
                 yield from (_linear(model, degree, columns, width, rows) for rows in FEW_ROWS)
             if degree == 1:
@@ -168,6 +170,17 @@ def _projected_conv(sizes: _Sizes, config: LanguageModelConfig, sequences: int) 
         outputs * (sizes.channels + sequences * sizes.groups) + width * (2 * sizes.channels + sequences)
     )
     return dataclasses.replace(update, op="projected_conv_update", make=make, bytes=moved)
+
+
+def _project_heads(sizes: _Sizes, rank: int, sequences: int) -> Case:
+    channels, outputs = sizes.channels, rank + 2 * sizes.states
+
+    def make(device: torch.device) -> list[Any]:
+        weight = _normal(outputs, channels, device=device).T
+        return [_normal(sequences, channels, device=device), weight, sizes.groups]
+
+    moved = HALF * (outputs * (channels + sequences * sizes.groups) + sequences * channels)
+    return Case("project_heads", sizes.model, sizes.degree, sequences, 1, channels, make, moved)
 
 
 def _projected(sizes: _Sizes, rank: int, sequences: int) -> Case:

@@ -52,12 +52,14 @@ REFERENCE_NUMBERS = 2048 * 5120
 
 SWEEP: dict[str, list[tuning.Configuration]] = {
     "causal_conv": [
-        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": d, "num_warps": 1}
-        for d, t, tile in itertools.product((64, 128), (8, 16, 32), (4, 8, 16))
-        if tile <= t
-    ] + [
-        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": 256, "num_warps": 1}
-        for t, tile in ((8, 8), (16, 8), (32, 8), (64, 16), (128, 16))
+        {"BLOCK_T": t, "TILE": tile, "BLOCK_D": d, "num_warps": w}
+        for d, w, rows in (
+            (128, 1, ((8, 4), (8, 8), (16, 4), (16, 8), (16, 16), (32, 8), (64, 8))),
+            (256, 1, ((8, 8), (16, 8), (32, 4), (32, 8), (64, 8))),
+            (256, 2, ((16, 8),)),
+            (512, 2, ((32, 8),)),
+        )
+        for t, tile in rows
     ],
     "causal_conv_update": [
         {"SEQUENCES": s, "BLOCK_D": d, "num_warps": w}

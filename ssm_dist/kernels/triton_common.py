@@ -67,7 +67,7 @@ def silu(v):
     if INTERPRETED:
         result = v / (1.0 + tl.exp(-v))
     else:
-        result = libdevice.fast_dividef(v, 1.0 + libdevice.fast_expf(-v))
+        result = libdevice.fast_dividef(v, 1.0 + libdevice.exp2(v * -LOG2_E))
     return result
 
 

@@ -30,9 +30,10 @@ def _taps_and_bias(weight, bias, channel, inside, WIDTH: tl.constexpr, HAS_BIAS:
 def _taps_by_lag(taps, WIDTH: tl.constexpr):
     """The weights of the inputs 0 to 3 tokens back, from the tile of them; zeros beyond the width."""
     k = tl.arange(0, 4)[None, :]
+    bits = taps.to(tl.int32, bitcast=True)  # of which adding zeros costs nothing
     by_lag = ()
     for lag in tl.static_range(4):
-        by_lag += (tl.sum(tl.where(k == WIDTH - 1 - lag, taps, 0.0), 1),)
+        by_lag += (tl.sum(tl.where(k == WIDTH - 1 - lag, bits, 0), 1).to(tl.float32, bitcast=True),)
     return by_lag
 
 
@@ -69,7 +70,10 @@ def _conv_kernel(
     WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_T: tl.constexpr, TILE: tl.constexpr, BLOCK_D: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_T tokens of a sequence, BLOCK_D channels; the window of inputs in registers."""
+    """One program: BLOCK_T tokens of a sequence, BLOCK_D channels; the window of inputs in registers.
+
+    TILE rows are on their way at any time: each row used asks for the one TILE later.
+    """
     KEPT: tl.constexpr = WIDTH - 1
     start_next(PDL)
     blocks = tl.cdiv(channels, BLOCK_D)
@@ -84,40 +88,45 @@ def _conv_kernel(
     )
     if first >= end:
         return
-    if first == start:
-        before = state + tl.load(slots + sequence).to(tl.int64) * state_slot + KEPT * state_row + channel
-        lag1, lag2, lag3 = _three_before(before, state_row, inside, WIDTH)
-    else:
-        lag1, lag2, lag3 = _three_before(x + first.to(tl.int64) * x_row + channel, x_row, inside, WIDTH)
+    count = tl.where(inside, end - first, 0)
+    # Pointers move on by a row: offsets of all rows at once would take more registers than the rows.
+    from_x = x + first.to(tl.int64) * x_row + channel
+    to_y = y + first.to(tl.int64) * channels + channel
+    lag1, lag2, lag3 = _three_before(from_x, x_row, channel < only_if(first > start, channels), WIDTH)
+    rows = ()
+    for i in tl.static_range(TILE):
+        rows += (tl.load(from_x, mask=i < count),)
+        from_x += x_row
     tap0, tap1, tap2, tap3 = _taps_by_lag(taps, WIDTH)
-
-    for t in range(0, tl.minimum(BLOCK_T, end - first), TILE):
-        # All loads of a tile come before its first store, which no later load could overtake.
-        rows = ()
-        for i in tl.static_range(TILE):
-            token = (first + t + i).to(tl.int64)
-            here = channel < only_if(token < end, channels)
-            rows += (tl.load(x + token * x_row + channel, mask=here, other=0.0),)
-        for i in tl.static_range(TILE):
-            token = (first + t + i).to(tl.int64)
-            current = rows[i].to(tl.float32)
-            total = offset + tap0 * current + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
-            here = channel < only_if(token < end, channels)
-            tl.store(y + token * channels + channel, silu(total).to(y.dtype.element_ty), mask=here)
-            lag3 = lag2
-            lag2 = lag1
-            lag1 = current
 
     if first == start:
         # The only program of the sequence that reads the state is also the one that replaces it.
         state += tl.load(slots + sequence).to(tl.int64) * state_slot
+        lag1, lag2, lag3 = _three_before(state + KEPT * state_row + channel, state_row, inside, WIDTH)
         kept = ()
         for k in tl.static_range(KEPT):
             place = end - start - KEPT + k
-            kept += (_input_at(x, state, place, start, x_row, state_row, channel, channels, KEPT),)
+            new = _input_at(x, state, place, start, x_row, state_row, channel, channels, KEPT)
+            kept += (new.to(state.dtype.element_ty),)
         tl.debug_barrier()
         for k in tl.static_range(KEPT):
-            tl.store(state + k * state_row + channel, kept[k].to(state.dtype.element_ty), mask=inside)
+            tl.store(state + k * state_row + channel, kept[k], mask=inside)
+
+    for i in tl.static_range(BLOCK_T):
+        # Short sequences stop early; and without these stops, rows that run into each other take registers.
+        if i > 0 and i % 4 == 0 and first + i >= end:
+            return
+        current = rows[i].to(tl.float32)
+        if i + TILE < BLOCK_T:
+            # Before this row's store, which no later load could overtake.
+            rows += (tl.load(from_x, mask=i + TILE < count),)
+            from_x += x_row
+        total = offset + tap0 * current + tap1 * lag1 + tap2 * lag2 + tap3 * lag3
+        tl.store(to_y, silu(total).to(y.dtype.element_ty), mask=i < count)
+        to_y += channels
+        lag3 = lag2
+        lag2 = lag1
+        lag1 = current
 
 
 @triton.jit

@@ -32,8 +32,10 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [
             (4.3e6, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
             (8.7e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
-            (1e15, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
-            (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (15e6, {"BLOCK_T": 32, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
+            (60e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (1e15, {"BLOCK_T": 32, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
         ],
         80: [
             (1e15, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
@@ -64,6 +66,8 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
         ],
     },
+    # size: sequences. SHARES at least of the channels of a group. Empty: by separate kernels
+    "projected_conv_updates": {90: [(ANY, {})], 80: [(ANY, {})]},
     # size: sequences. With SEQUENCES, on the tensor cores; empty: by separate kernels
     "projected_state_update": {
         90: [
