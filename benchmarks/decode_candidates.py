@@ -21,24 +21,13 @@ DEALT = [
     for n, k, programs in ((64, 128, 96), (64, 128, 132), (64, 64, 132), (32, 128, 132))
 ]
 """For more rows than 16 and a small weight: rows in blocks."""
-CONVS: dict[str, dict[str, tuning.Configuration | tuning.Rows]] = {
-    f"conv {sequences} in {shares}, {outputs}, {warps} warps": {
-        "projected_conv_updates": {
-            "SEQUENCES": sequences, "SHARES": shares, "BLOCK_D": 64, "BLOCK_R": outputs,
-            "num_warps": warps,
-        }
-    }
-    for sequences, shares, outputs, warps in (
-        (8, 16, 128, 8), (8, 16, 256, 8), (8, 16, 64, 4), (8, 10, 128, 8), (16, 16, 128, 8), (16, 8, 128, 8),
-        (16, 8, 256, 8), (16, 8, 256, 16),
-    )
-}  # fmt: skip
-"""x_proj joined with the convolution's update, after an in_proj by what serves it alone."""
 JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    64: CONVS,
-    256: CONVS,
-    32: CONVS,
-    16: CONVS,
+    64: {
+        f"updates {channels}, {warps} warps": {
+            "projected_state_update": {"SEQUENCES": 16, "BLOCK_D": channels, "num_warps": warps}
+        }
+        for channels, warps in ((16, 4), (16, 8), (32, 4), (32, 8))
+    },
     4: {"update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}}},
     1: {"update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}}},
 }

@@ -21,6 +21,21 @@ class Conv(NamedTuple):
 
 
 @triton.jit
+def taps_and_bias(taps, bias, channel, channels, WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr):
+    """The weights of the inputs 0, 1, ... tokens back, then the bias, float32; zeros past `channels`."""
+    mine = channel < channels
+    found = ()
+    for lag in tl.static_range(WIDTH):
+        tap = tl.load(taps + channel * WIDTH + (WIDTH - 1 - lag), mask=mine, other=0.0)
+        found += (tap.to(tl.float32),)
+    offset = tl.zeros_like(mine).to(tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + channel, mask=mine, other=0.0).to(tl.float32)
+    found += (offset,)
+    return found
+
+
+@triton.jit
 def window_before(cells, row, inside, KEPT: tl.constexpr):
     """The KEPT inputs before the newest, oldest first; `cells` points at the oldest."""
     window = ()
@@ -30,23 +45,15 @@ def window_before(cells, row, inside, KEPT: tl.constexpr):
 
 
 @triton.jit
-def convolved(
-    newest, window, cells, row, inside, taps, bias, channel, channels,
-    WIDTH: tl.constexpr, HAS_BIAS: tl.constexpr,
-):  # fmt: skip
+def convolved(newest, window, weights, cells, row, inside, WIDTH: tl.constexpr):
     """silu(conv) of the newest inputs and the `window` before them, which moves on by one in the state.
 
-    channel: broadcasts to the shape of `newest`; those past `channels` read no weight. inside: what to store.
+    weights: `taps_and_bias`. inside: what to store.
     """
     KEPT: tl.constexpr = WIDTH - 1
-    mine = channel < channels
-    tap = tl.load(taps + channel * WIDTH + KEPT, mask=mine, other=0.0).to(tl.float32)
-    total = tap * newest.to(tl.float32)
+    total = weights[WIDTH] + weights[0] * newest.to(tl.float32)
     for lag in tl.static_range(1, WIDTH):
-        tap = tl.load(taps + channel * WIDTH + (KEPT - lag), mask=mine, other=0.0).to(tl.float32)
-        total += tap * window[KEPT - lag].to(tl.float32)
-    if HAS_BIAS:
-        total += tl.load(bias + channel, mask=mine, other=0.0).to(tl.float32)
+        total += weights[lag] * window[KEPT - lag].to(tl.float32)
     tl.debug_barrier()  # several threads may hold a cell: all have read it before one of them writes it
     for k in tl.static_range(KEPT - 1):
         tl.store(cells + k * row, window[k + 1], mask=inside)

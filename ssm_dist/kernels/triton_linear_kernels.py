@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ssm_dist.kernels.dependent_launch import prefetch, start_next, wait_for_inputs
 from ssm_dist.kernels.triton_common import factor
-from ssm_dist.kernels.triton_conv_tail import convolved, window_before
+from ssm_dist.kernels.triton_conv_tail import convolved, taps_and_bias, window_before
 from ssm_dist.kernels.triton_shares import last_to_finish
 
 
@@ -64,6 +64,7 @@ def vector_kernel(
             prefetch(weight + later.to(tl.int64) * K + tl.arange(0, 1), BLOCK_N * K * BYTES, PDL)
     cells = ()
     if WIDTH > 0:
+        conv = taps_and_bias(taps, conv_bias, n, channels, WIDTH, HAS_CONV_BIAS)
         for t in tl.static_range(TOKENS):
             cells += (state + tl.load(slots + t).to(tl.int64) * state_slot + n,)
     wait_for_inputs(PDL)
@@ -95,10 +96,7 @@ def vector_kernel(
     for t in tl.static_range(TOKENS):
         total = (tl.sum(sums[t], 1) + offset).to(y.dtype.element_ty)
         if WIDTH > 0:
-            after = convolved(
-                total, windows[t], cells[t], state_row, n < channels, taps, conv_bias, n, channels, WIDTH,
-                HAS_CONV_BIAS,
-            )
+            after = convolved(total, windows[t], conv, cells[t], state_row, n < channels, WIDTH)
             total = tl.where(n < channels, after.to(y.dtype.element_ty), total)
         tl.store(y + (t * HEADS + head) * columns.to(tl.int64) + n, total, mask=n < columns)
 
@@ -128,15 +126,24 @@ def matrix_kernel(
     row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
     if AHEAD > 0 and WHOLE:
         prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
+    convolves = (t < tokens)[:, None] & (n < channels)[None, :]
+    if WIDTH > 0:
+        conv = taps_and_bias(taps, conv_bias, n[None, :], channels, WIDTH, HAS_CONV_BIAS)
+        slot = tl.load(slots + t, mask=t < tokens, other=0).to(tl.int64)
+        cells = state + slot[:, None] * state_slot + n[None, :]
     wait_for_inputs(PDL)
 
-    input_row = x + (tl.minimum(t, tokens - 1) * x_row)[None, :]
+    if WIDTH > 0 and not SHARED:
+        window = window_before(cells, state_row, convolves, WIDTH - 1)
+    # Rows of padding are not read: all programs would ask for the same few addresses at once.
+    real = (t < tokens)[None, :]
+    input_row = x + (t * x_row)[None, :]
     total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for at in range(begin, tl.minimum(begin + span, width), BLOCK_K):
         if WHOLE:
-            right = tl.load(input_row + (at + k)[:, None])
+            right = tl.load(input_row + (at + k)[:, None], mask=real, other=0.0)
         else:
-            right = tl.load(input_row + (at + k)[:, None], mask=(at + k < width)[:, None], other=0.0)
+            right = tl.load(input_row + (at + k)[:, None], mask=real & (at + k < width)[:, None], other=0.0)
         if WHOLE:
             left = tl.load(row[:, None] + (at + k)[None, :])
         else:
@@ -160,13 +167,8 @@ def matrix_kernel(
             sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
         result = sums.to(y.dtype.element_ty)
         if WIDTH > 0:
-            slot = tl.load(slots + t, mask=t < tokens, other=0).to(tl.int64)
-            cells = state + slot[:, None] * state_slot + n[None, :]
-            mine = inside & (n < channels)[None, :]
-            window = window_before(cells, state_row, mine, WIDTH - 1)
-            after = convolved(
-                result, window, cells, state_row, mine, taps, conv_bias, n[None, :], channels, WIDTH,
-                HAS_CONV_BIAS,
-            )
+            if SHARED:
+                window = window_before(cells, state_row, convolves, WIDTH - 1)
+            after = convolved(result, window, conv, cells, state_row, convolves, WIDTH)
             result = tl.where((n < channels)[None, :], after.to(y.dtype.element_ty), result)
         tl.store(y + cell, result, mask=inside)

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from ssm_dist.kernels import backend, triton_projected_conv_many
+from ssm_dist.kernels import backend
 from ssm_dist.kernels.convolution import projected_conv_update_reference
-from ssm_dist.kernels.linear import linear, project_heads
+from ssm_dist.kernels.linear import project_heads
 from ssm_dist.kernels.triton_linear import ends_in_conv, linear_conv_update
 
 
@@ -14,12 +14,6 @@ def projected_conv_update(
     state: Tensor, slots: Tensor, x_proj: Tensor, heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`ssm_dist.kernels.projected_conv_update`; where torch multiplies by in_proj, by separate kernels."""
-    if triton_projected_conv_many.serves(hidden, taps, x_proj, heads):
-        x, z = linear(hidden, weight, bias).tensor_split([taps.shape[0]], dim=1)
-        x, projected = triton_projected_conv_many.projected_conv_updates(
-            x, taps, conv_bias, state, slots, x_proj, heads
-        )
-        return x, z, projected
     if not ends_in_conv(hidden, weight, taps):
         return projected_conv_update_reference(
             hidden, weight, bias, taps, conv_bias, state, slots, x_proj, heads

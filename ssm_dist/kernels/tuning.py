@@ -30,12 +30,10 @@ TABLE: dict[str, dict[int, Rows]] = {
     # often, infinite. Between one wave of programs and two, longer blocks make it one
     "causal_conv": {
         90: [
-            (4.3e6, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
-            (8.7e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
-            (15e6, {"BLOCK_T": 32, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
-            (60e6, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
-            (1e15, {"BLOCK_T": 32, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
-            (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (3e6, {"BLOCK_T": 16, "TILE": 16, "BLOCK_D": 128, "num_warps": 1}),
+            (6e6, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 256, "num_warps": 1}),
+            (1e15, {"BLOCK_T": 16, "TILE": 16, "BLOCK_D": 128, "num_warps": 1}),
+            (ANY, {"BLOCK_T": 16, "TILE": 8, "BLOCK_D": 256, "num_warps": 2}),
         ],
         80: [
             (1e15, {"BLOCK_T": 8, "TILE": 8, "BLOCK_D": 128, "num_warps": 1}),
@@ -46,7 +44,8 @@ TABLE: dict[str, dict[int, Rows]] = {
     "causal_conv_update": {
         90: [
             (16e3, {"SEQUENCES": 1, "BLOCK_D": 128, "num_warps": 1}),
-            (ANY, {"SEQUENCES": 2, "BLOCK_D": 256, "num_warps": 2}),
+            (1e6, {"SEQUENCES": 2, "BLOCK_D": 256, "num_warps": 2}),
+            (ANY, {"SEQUENCES": 2, "BLOCK_D": 512, "num_warps": 2}),
         ],
         80: [
             (512e3, {"SEQUENCES": 1, "BLOCK_D": 128, "num_warps": 1}),
@@ -57,17 +56,13 @@ TABLE: dict[str, dict[int, Rows]] = {
     "selective_state_update": {
         90: [
             (512e3, {"SEQUENCES": 1, "BLOCK_D": 16, "num_warps": 1}),
-            (2e6, {"SEQUENCES": 1, "BLOCK_D": 64, "num_warps": 4}),
-            (8e6, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
-            (ANY, {"SEQUENCES": 4, "BLOCK_D": 64, "num_warps": 4}),
+            (ANY, {"SEQUENCES": 1, "BLOCK_D": 64, "num_warps": 2}),
         ],
         80: [
             (1e6, {"SEQUENCES": 1, "BLOCK_D": 16, "num_warps": 1}),
             (ANY, {"SEQUENCES": 2, "BLOCK_D": 64, "num_warps": 4}),
         ],
     },
-    # size: sequences. SHARES at least of the channels of a group. Empty: by separate kernels
-    "projected_conv_updates": {90: [(ANY, {})], 80: [(ANY, {})]},
     # size: sequences. With SEQUENCES, on the tensor cores; empty: by separate kernels
     "projected_state_update": {
         90: [
@@ -110,6 +105,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch
     "linear_16": {
         90: [
+            (1.5e6, {"BLOCK_N": 32, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 48, **FOUR_DEEP}),
             (3e6, {"BLOCK_N": 32, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 264, **FOUR_DEEP}),
             (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
@@ -118,6 +114,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_32": {
         90: [
+            (1.5e6, {"BLOCK_N": 32, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 48, **FOUR_DEEP}),
             (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
             (ANY, {}),
@@ -126,8 +123,13 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_64": {
         90: [
-            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
-            (ANY, {}),
+            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FOUR_DEEP}),
+            (30e6, {}),
+            (33e6, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
+            (60e6, {}),
+            (66e6, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
+            (100e6, {}),
+            (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
         ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
     },

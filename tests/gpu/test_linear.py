@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist import kernels
-from ssm_dist.kernels import backend, triton_linear, triton_projected_conv_many, tuning
+from ssm_dist.kernels import backend, triton_linear, tuning
 from tests.kernels.inputs import conv_inputs, projected_update_inputs, scan_inputs
 
 pytestmark = [
@@ -153,45 +153,6 @@ def test_first_half_of_a_step(sequences: int, model: int, channels: int, outputs
             kernels.projected_conv_update(h, weight, None, taps, bias, state, slots, x_proj, heads)
             for h in hidden
         ]
-        with backend.using("reference", "cuda"):
-            wide = [weight.double(), None, taps.double(), bias.double(), exact, slots, x_proj.double(), heads]
-            right = [kernels.projected_conv_update(h.double(), *wide) for h in hidden]
-        for found, expected in [*zip(ours[0], right[0], strict=True), *zip(ours[1], right[1], strict=True)]:
-            assert float((found.double() - expected).norm() / expected.norm()) < 5e-3
-        assert float((state.double() - exact).norm() / exact.norm()) < 3e-3
-
-
-@pytest.mark.parametrize(
-    ("sequences", "model", "channels", "outputs", "heads"),
-    [(64, 2560, 5120, 192, 1), (43, 3712, 7424, 264, 2), (256, 2560, 5120, 192, 1), (37, 4096, 8192, 288, 1)],
-)
-@pytest.mark.parametrize(
-    "shape", [(8, 16, 128, 8), (8, 10, 64, 4), (16, 8, 256, 8), (16, 8, 256, 16)], ids=str
-)
-def test_convolution_and_x_proj_of_many_sequences_in_one(
-    shape: tuple[int, int, int, int], sequences: int, model: int, channels: int, outputs: int, heads: int
-) -> None:
-    """By the tensor cores, whatever the tuning table says, twice; states of slots that are not named stay."""
-    config = dict(zip(("SEQUENCES", "SHARES", "BLOCK_R", "num_warps"), shape, strict=True), BLOCK_D=64)
-    with backend.using("triton", "cuda"), torch.device("cuda"):
-        _, taps, bias, _, _, _ = conv_inputs([1], channels, 4, torch.bfloat16)
-        state = torch.randn(sequences + 4, 3, channels).bfloat16()
-        slots = torch.randperm(len(state), dtype=torch.int32)[:sequences]
-        hidden = torch.randn(2, sequences, model).bfloat16()
-        weight = (torch.randn(2 * channels, model) / model**0.5).bfloat16()
-        x_proj = (torch.randn(outputs, channels) / channels**0.5).bfloat16().T
-        exact, again = state.double(), state.clone()
-        torch.cuda.synchronize()
-        with tuning.forced("projected_conv_updates", config):
-            assert triton_projected_conv_many.serves(hidden[0], taps, x_proj, heads)
-            ours, repeated = (
-                [
-                    kernels.projected_conv_update(h, weight, None, taps, bias, before, slots, x_proj, heads)
-                    for h in hidden
-                ]
-                for before in (state, again)
-            )
-        assert all(torch.equal(*pair) for pair in zip(ours[1], repeated[1], strict=True))
         with backend.using("reference", "cuda"):
             wide = [weight.double(), None, taps.double(), bias.double(), exact, slots, x_proj.double(), heads]
             right = [kernels.projected_conv_update(h.double(), *wide) for h in hidden]

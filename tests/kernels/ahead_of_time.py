@@ -29,7 +29,6 @@ from ssm_dist.kernels import (
     triton_conv,
     triton_linear_kernels,
     triton_norm,
-    triton_projected_conv_many,
     triton_projected_update,
     triton_projected_update_many,
     triton_scan,
@@ -39,8 +38,7 @@ from ssm_dist.kernels import (
 
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
-              "value_pages", "given", "taps", "conv_bias",
-              "projected"],
+              "value_pages", "given", "taps", "conv_bias"],
     "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals",
               "parts"],
     "*i32": ["seq_offsets", "slots", "pages", "counters"],
@@ -74,10 +72,6 @@ NO_TAIL = {**TAIL, "WIDTH": 0}
 VECTOR = {"K": 5120, "HEADS": 1, "HAS_BIAS": True, "BLOCK_K": 256, **NO_TAIL}
 PROJECTED = {"RANK": 160, "N": 16, "RMS": True, "BLOCK_R": 256, "eps": "fp32", "state": "*fp32"}
 UPDATES = {**PROJECTED, "SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 4}
-CONVS = {
-    "WIDTH": 4, "OUTPUTS": 192, "HAS_BIAS": True, "SEQUENCES": 8, "CHUNKS": 5, "BLOCK_D": 64, "BLOCK_R": 128,
-    "state": "*bf16", "projected": "*bf16", "num_warps": 8, "num_stages": 6,
-}  # fmt: skip
 MATRIX = {
     **NO_TAIL, "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
     "BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 512, "num_warps": 4, "num_stages": 4,
@@ -129,16 +123,6 @@ KERNELS: dict[str, Case] = {
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
     ),
-    **{
-        f"projected convs, {name}": Case(
-            triton_projected_conv_many._projected_convs_kernel, {**CONVS, **given}, "", (90,)
-        )
-        for name, given in {
-            "64 sequences": {},
-            "256 sequences": {"SEQUENCES": 16, "CHUNKS": 10, "BLOCK_R": 256},
-            "288 outputs": {"OUTPUTS": 288, "CHUNKS": 8, "num_stages": 4},
-        }.items()
-    },
     **{
         f"projected updates, {name}": Case(
             triton_projected_update_many._projected_updates_kernel, {**UPDATES, **given}, "", (90,)

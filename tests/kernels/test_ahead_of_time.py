@@ -9,8 +9,8 @@ import sys
 import pytest
 
 REGISTERS = {
-    ("causal_conv", 90): 136, ("causal_conv", 80): 88,
-    ("causal_conv_update", 90): 72, ("causal_conv_update", 80): 120,
+    ("causal_conv", 90): 80, ("causal_conv", 80): 88,
+    ("causal_conv_update", 90): 96, ("causal_conv_update", 80): 120,
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,
     ("rms_normalize", 90): 64, ("rms_normalize", 80): 64,
@@ -25,12 +25,10 @@ REGISTERS = {
     ("linear, 1 row", 90): 128, ("linear, 1 row, conv", 90): 128,
     ("linear, 4 rows", 90): 168, ("linear, 4 rows", 80): 168,
     ("linear, 16 rows", 90): 80, ("linear, 16 rows", 80): 80,
-    ("linear, 16 rows, conv", 90): 96, ("linear, 16 rows, conv", 80): 96,
+    ("linear, 16 rows, conv", 90): 120, ("linear, 16 rows, conv", 80): 144,
     ("linear, 4 rows, 2 heads", 90): 128,
     ("linear, 64 rows", 90): 168, ("linear, 64 rows", 80): 168,
     ("projected update", 90): 128, ("projected update", 80): 128,
-    ("projected convs, 64 sequences", 90): 128, ("projected convs, 256 sequences", 90): 255,
-    ("projected convs, 288 outputs", 90): 255,
     ("projected updates, 64 sequences", 90): 120, ("projected updates, 256 sequences", 90): 200,
     ("projected updates, no norms", 90): 120,
     ("gluon", 90): 112,
@@ -63,16 +61,3 @@ def test_kernels_compile_for_gpus_without_spills() -> None:
     above = {k: row["registers"] for k, row in found.items() if row["registers"] > REGISTERS[k]}
     spilled = {k: row["stack"] for k, row in found.items() if row["stack"] > SPILLED.get(k, 0)}
     assert (above, spilled) == ({}, {})
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
-def test_weights_of_x_proj_are_copied_ahead() -> None:
-    """Six asynchronous copies a thread for each of 5 chunks; a barrier in the loop would prevent them."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    command = [sys.executable, "-m", "tests.kernels.ahead_of_time", "ptx"]
-    request = json.dumps({"kernel": "projected convs, 64 sequences", "given": {"PDL": True}, "unaligned": []})
-    output = subprocess.run(
-        command, input=request, capture_output=True, text=True, check=True, env=environment
-    ).stdout
-    before = json.loads(output).split("griddepcontrol.wait")[0]
-    assert before.count("cp.async.cg") >= 5 * 6
