@@ -21,16 +21,35 @@ DEALT = [
     for n, k, programs in ((64, 128, 96), (64, 128, 132), (64, 64, 132), (32, 128, 132))
 ]
 """For more rows than 16 and a small weight: rows in blocks."""
+
+
+def narrow(op: str, config: tuning.Configuration) -> dict[str, tuning.Configuration | tuning.Rows]:
+    """x_proj by another configuration, larger weights as recorded."""
+    return {op: [(3e6, config), *(row for row in tuning.TABLE[op][90] if row[0] > 3e6)]}
+
+
 JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    64: {
-        f"updates {channels}, {warps} warps": {
-            "projected_state_update": {"SEQUENCES": 16, "BLOCK_D": channels, "num_warps": warps}
-        }
-        for channels, warps in ((16, 4), (16, 8), (32, 4), (32, 8))
+    1: {
+        "update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}},
+        **{f"rows of {n}": {"linear_1": {"BLOCK_N": n, "AHEAD": 0, "num_warps": 4}} for n in (2, 4, 8)},
     },
-    4: {"update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}}},
-    1: {"update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}}},
-}
+    4: {
+        "update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}},
+        **{
+            f"x_proj {n}": narrow("linear_4", {"BLOCK_N": n, "AHEAD": 0, "num_warps": 4}) for n in (1, 4, 8)
+        },
+    },
+    **{
+        rows: {
+            "x_proj by torch": narrow(op, {}),
+            **{f"x_proj {c['BLOCK_N']}x{c['BLOCK_K']}, {c['PROGRAMS']}": narrow(op, c) for c in candidates},
+        }
+        for rows, op, candidates in (
+            (8, "linear_16", MATRIX[4:]), (16, "linear_16", [*MATRIX[4:], DEALT[0]]),
+            (32, "linear_32", DEALT), (64, "linear_64", DEALT),
+        )
+    },
+}  # fmt: skip
 """Sequences -> candidates of their steps -> op -> configuration, where it is not the recorded one."""
 ROWS = {"linear_1": 1, "linear_4": 4, "linear_16": 16, "linear_32": 32, "linear_64": 64}
 """Configured op -> rows to time."""

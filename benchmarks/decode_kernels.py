@@ -43,16 +43,13 @@ LAYERS = [("mamba-2.8b", 1), ("mamba-2.8b", 4), ("falcon-mamba-7b", 1), ("mamba-
 STEPS = [("mamba-2.8b", 4), ("mamba-2.8b", 16), ("mamba-2.8b", 1), ("falcon-mamba-7b", 4),
          ("falcon-mamba-7b", 16), ("falcon-mamba-7b", 1)]  # fmt: skip
 """Model and sequences."""
-JOINED = ["projected_conv_update", "projected_state_update"]
 VARIANTS = {
-    "torch": (["linear", *JOINED], True),
+    "torch": (["linear", "projected_state_update"], True),
     "ordinary": ([], True),
-    "separate": (JOINED, False),
-    "separate update": (JOINED[1:], False),
+    "separate update": (["projected_state_update"], False),
     "dependent": ([], False),
 }
-"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way.
-"""
+"""Name -> ops served by their definitions, and whether kernels are launched in the ordinary way."""
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
 
@@ -210,7 +207,7 @@ def main() -> None:
     report["steps"] = list(step_rows(model, clock, copy, deadline))
     del model
     columns = {"model": "", "sequences": "d", **times}
-    columns |= dict.fromkeys(("separate", "separate update"), ".2f")
+    columns |= dict.fromkeys(("separate update",), ".2f")
     console.print(table(report["steps"], "Decode steps, ms", columns))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}

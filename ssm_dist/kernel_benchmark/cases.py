@@ -73,7 +73,6 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
                 yield _conv(sizes, sequences, 1)
                 yield _scan(sizes, sequences, 1)
             for sequences in FEW_SEQUENCES:
-                yield _projected_conv(sizes, config, sequences)
                 yield _projected(sizes, config.dt_rank, sequences)
                 if sizes.groups > 1:
                     yield _project_heads(sizes, config.dt_rank, sequences)
@@ -153,23 +152,6 @@ def _scan(sizes: _Sizes, sequences: int, tokens: int) -> Case:
     op = "selective_state_update" if update else "selective_scan"
     special = rows * channels * (states + 4)
     return Case(op, sizes.model, sizes.degree, sequences, tokens, channels, make, moved, 0, special)
-
-
-def _projected_conv(sizes: _Sizes, config: LanguageModelConfig, sequences: int) -> Case:
-    update, outputs = _conv(sizes, sequences, 1), config.dt_rank + 2 * sizes.states
-    width = config.d_model
-
-    def make(device: torch.device) -> list[Any]:
-        _, taps, bias, state, slots = update.make(device)
-        hidden = _normal(sequences, width, device=device)
-        weight = _normal(2 * sizes.channels, width, device=device)
-        x_proj = _normal(outputs, sizes.channels, device=device).T
-        return [hidden, weight, None, taps, bias, state, slots, x_proj, sizes.groups]
-
-    moved = update.bytes + HALF * (
-        outputs * (sizes.channels + sequences * sizes.groups) + width * (2 * sizes.channels + sequences)
-    )
-    return dataclasses.replace(update, op="projected_conv_update", make=make, bytes=moved)
 
 
 def _project_heads(sizes: _Sizes, rank: int, sequences: int) -> Case:

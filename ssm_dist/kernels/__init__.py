@@ -1,7 +1,7 @@
 """Floor 1: tensors in, tensors out. One public function an op; `backend` chooses who computes it."""
 
 from ssm_dist.kernels.attention import paged_attention
-from ssm_dist.kernels.convolution import causal_conv, causal_conv_update, projected_conv_update
+from ssm_dist.kernels.convolution import causal_conv, causal_conv_update
 from ssm_dist.kernels.linear import linear, project_heads
 from ssm_dist.kernels.norm import add_rms_norm, rms_normalize
 from ssm_dist.kernels.scan import projected_state_update, selective_scan, selective_state_update
@@ -13,7 +13,6 @@ __all__ = [
     "linear",
     "paged_attention",
     "project_heads",
-    "projected_conv_update",
     "projected_state_update",
     "rms_normalize",
     "selective_scan",

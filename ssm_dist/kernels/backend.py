@@ -31,7 +31,6 @@ SERVES: dict[str, dict[str, str]] = {
     "linear": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "project_heads": {"triton": "triton", "mamba_ssm": "triton"},
-    "projected_conv_update": {"triton": "triton", "mamba_ssm": "reference"},
     "projected_state_update": {"triton": "triton", "mamba_ssm": "reference"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
@@ -44,7 +43,7 @@ MODULES = {
     "reference": (),
     "triton": (
         "triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention", "triton_codecs",
-        "triton_linear", "triton_projected_conv", "triton_projected_update",
+        "triton_linear", "triton_projected_update",
     ),
     "mamba_ssm": ("mamba_ssm_backend",),
 }  # fmt: skip

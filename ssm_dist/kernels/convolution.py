@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist.kernels import backend
-from ssm_dist.kernels.linear import linear, project_heads
 from ssm_dist.kernels.ragged import place_in_sequence, sequence_of_token
 
 
@@ -29,21 +28,6 @@ def causal_conv_update(
 ) -> Tensor:
     """`causal_conv` for exactly one token a sequence: x (S, D), slots (S,); returns (S, D)."""
     return backend.implementation("causal_conv_update")(x, weight, bias, state, slots)
-
-
-def projected_conv_update(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, conv_bias: Tensor | None,
-    state: Tensor, slots: Tensor, x_proj: Tensor, heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The first half of a mixer's decode step: in_proj, `causal_conv_update` of its x, x_proj.
-
-    hidden: (S, H), a token of each sequence. weight: (D + E, H), in_proj's, and its bias (D + E,) or None.
-    taps, conv_bias, state: of the convolution, (D, K), (D,) or None, (slots, K - 1, D). x_proj: (D, R).
-    Returns x (S, D) after the convolution, z (S, E), and x through x_proj (S, heads, R), see `project_heads`.
-    """
-    return backend.implementation("projected_conv_update")(
-        hidden, weight, bias, taps, conv_bias, state, slots, x_proj, heads
-    )
 
 
 @backend.register("causal_conv", "reference")
@@ -97,14 +81,3 @@ def causal_conv_update_reference(
     total = torch.einsum("skd,dk->sd", window, weight.to(wide))
     state[slots.long()] = window[:, 1:].to(state.dtype)
     return F.silu(total if bias is None else total + bias.to(wide)).to(x.dtype)
-
-
-@backend.register("projected_conv_update", "reference")
-def projected_conv_update_reference(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, conv_bias: Tensor | None,
-    state: Tensor, slots: Tensor, x_proj: Tensor, heads: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The definition of `projected_conv_update`: the ops that it consists of, in the selected backend."""
-    x, z = linear(hidden, weight, bias).tensor_split([taps.shape[0]], dim=1)
-    x = causal_conv_update(x, taps, conv_bias, state, slots)
-    return x, z, project_heads(x, x_proj, heads)

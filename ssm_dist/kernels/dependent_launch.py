@@ -2,10 +2,9 @@
 
 The rules that keep it correct. A kernel may be resident before *any* of its predecessors back to the last one
 launched in the ordinary way has finished; so before `wait_for_inputs` it reads nothing but the model's
-parameters, and a batch's slots, which no kernel launched so writes; and it writes nothing: not even a buffer
-that only it uses, which an earlier kernel may still hold under another name. Every kernel that is launched so
-must wait, in all its programs: what follows it relies on its end for the end of everything before. Kernels
-launched in the ordinary way wait by themselves.
+parameters, and it writes nothing: not even a buffer that only it uses, which an earlier kernel may still hold
+under another name. Every kernel that is launched so must wait, in all its programs: what follows it relies on
+its end for the end of everything before. Kernels launched in the ordinary way wait by themselves.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.linear import project_heads_reference
 from ssm_dist.kernels.operators import operator
-from ssm_dist.kernels.triton_conv_tail import Conv, tail_arguments
 from ssm_dist.kernels.triton_linear_kernels import matrix_kernel, vector_kernel
 from ssm_dist.kernels.triton_shares import COUNTERS, counters
 
@@ -36,20 +35,18 @@ def _vector_blocks(config: dict[str, Any], tokens: int, width: int, size: int) -
     return {**config, "BLOCK_N": rows, "BLOCK_K": 512 // size * max(1, warps // rows)}
 
 
-def _vector(
-    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, conv: Conv | None = None, heads: int = 1
-) -> None:
+def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, heads: int = 1) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     width //= heads
     blocks = _vector_blocks(_vector_configuration(x, weight), tokens, width, weight.element_size())
     vector_kernel[(heads * triton.cdiv(columns, blocks["BLOCK_N"]),)](
-        x, weight, bias, y, x.stride(0), weight.stride(0), columns, **tail_arguments(conv, x),
+        x, weight, bias, y, x.stride(0), weight.stride(0), columns,
         K=width, TOKENS=tokens, HEADS=heads, HAS_BIAS=bias is not None, enable_fp_fusion=True,
         **blocks, **launch_options(x.device),
     )  # fmt: skip
 
 
-def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, conv: Conv | None = None) -> None:
+def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     config = dict(_matrix_configuration(x, weight))
     rows = min(config.pop("BLOCK_T", MOST_ROWS), _padded(tokens))
@@ -61,7 +58,7 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, conv: Con
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     matrix_kernel[(tiles * shares,)](
         x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares,
-        across, **tail_arguments(conv, x), SHARED=shares > 1, WHOLE=width % config["BLOCK_K"] == 0,
+        across, SHARED=shares > 1, WHOLE=width % config["BLOCK_K"] == 0,
         HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),
     )  # fmt: skip
 
@@ -72,8 +69,9 @@ def _padded(tokens: int) -> int:
 
 def _vector_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
     """Empty where the tensor cores' kernel is faster."""
-    op = "linear_1" if x.shape[0] == 1 else f"linear_{VECTOR_ROWS}"
-    return tuning.configuration(op, weight.numel(), x.device)
+    if x.shape[0] == 1:
+        return tuning.configuration("linear_1", x.shape[1], x.device)
+    return tuning.configuration(f"linear_{VECTOR_ROWS}", weight.numel(), x.device)
 
 
 def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
@@ -111,25 +109,6 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`ssm_dist.kernels.linear`: by these kernels where they serve, otherwise as torch does it."""
     return _few_rows(x, weight, bias) if _serves(x, weight) else F.linear(x, weight, bias)
-
-
-def ends_in_conv(x: Tensor, weight: Tensor, taps: Tensor) -> bool:
-    """Whether `linear_conv_update` can serve."""
-    return _serves(x, weight) and 2 <= taps.shape[1] <= 4
-
-
-@operator("linear_conv_update", mutates=("state",), fake=_outputs)
-def linear_conv_update(
-    x: Tensor, weight: Tensor, bias: Tensor | None, taps: Tensor, conv_bias: Tensor | None, state: Tensor,
-    slots: Tensor,
-) -> Tensor:  # fmt: skip
-    """A linear layer, the first of whose outputs, one a row of `taps`, go through `causal_conv_update`."""
-    assert ends_in_conv(x, weight, taps) and state.stride(-1) == 1 and taps.is_contiguous()
-    y = _outputs(x, weight)
-    with torch.cuda.device_of(x):
-        by = _vector if _by_vector(x, weight) else _matrix
-        by(x, weight, bias, y, conv=Conv(taps, conv_bias, state, slots))
-    return y
 
 
 def _by_head(x: Tensor, weight: Tensor, heads: int) -> Tensor:

@@ -5,8 +5,6 @@ in registers, all asked for before it waits for its input. Otherwise the tensor 
 weight from the left, the rows of x, padded to 16, 32 or 64, from the right. Where the weight has too few
 tiles to occupy the GPU, several programs share the sum of one; the last of them adds up what the others have
 left, which takes long for many rows, so that these may be dealt out in blocks.
-
-Either may end in the causal convolution's update of the first outputs: a mixer's in_proj and what follows it.
 """
 
 import triton
@@ -14,7 +12,6 @@ import triton.language as tl
 
 from ssm_dist.kernels.dependent_launch import prefetch, start_next, wait_for_inputs
 from ssm_dist.kernels.triton_common import factor
-from ssm_dist.kernels.triton_conv_tail import convolved, taps_and_bias, window_before
 from ssm_dist.kernels.triton_shares import last_to_finish
 
 
@@ -28,18 +25,15 @@ def columns_of(row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, START: tl.constex
     return tile
 
 
-@triton.jit(do_not_specialize=["columns", "channels"])
+@triton.jit(do_not_specialize=["columns"])
 def vector_kernel(
     x, weight, bias, y, x_row, weight_row, columns,
-    taps, conv_bias, state, slots, state_slot, state_row, channels,
     K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-    WIDTH: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N numbers of a head of each of TOKENS rows.
 
     It also fetches the weights AHEAD programs on. Head h is what columns h * K ... of x and the weight make.
-    WIDTH: of the convolution that the first `channels` outputs go through; 0 for none.
     """
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     GROUP: tl.constexpr = 16 // TOKENS
@@ -62,17 +56,8 @@ def vector_kernel(
         later = (program + AHEAD) * BLOCK_N
         if later + BLOCK_N <= columns:
             prefetch(weight + later.to(tl.int64) * K + tl.arange(0, 1), BLOCK_N * K * BYTES, PDL)
-    cells = ()
-    if WIDTH > 0:
-        conv = taps_and_bias(taps, conv_bias, n, channels, WIDTH, HAS_CONV_BIAS)
-        for t in tl.static_range(TOKENS):
-            cells += (state + tl.load(slots + t).to(tl.int64) * state_slot + n,)
     wait_for_inputs(PDL)
 
-    windows = ()
-    if WIDTH > 0:
-        for t in tl.static_range(TOKENS):
-            windows += (window_before(cells[t], state_row, n < channels, WIDTH - 1),)
     # Loaded once for each row of the weight, the inputs are where their factors are: in the same threads.
     same_row = x + tl.zeros((BLOCK_N, 1), tl.int32)
     sums = ()
@@ -94,26 +79,22 @@ def vector_kernel(
                     added += (sums[t] + factors * inputs[i * TOKENS + t].to(tl.float32),)
                 sums = added
     for t in tl.static_range(TOKENS):
-        total = (tl.sum(sums[t], 1) + offset).to(y.dtype.element_ty)
-        if WIDTH > 0:
-            after = convolved(total, windows[t], conv, cells[t], state_row, n < channels, WIDTH)
-            total = tl.where(n < channels, after.to(y.dtype.element_ty), total)
-        tl.store(y + (t * HEADS + head) * columns.to(tl.int64) + n, total, mask=n < columns)
+        total = tl.sum(sums[t], 1) + offset
+        at = y + (t * HEADS + head) * columns.to(tl.int64) + n
+        tl.store(at, total.to(y.dtype.element_ty), mask=n < columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "shares", "across", "channels"])
+@triton.jit(do_not_specialize=["tokens", "shares", "across"])
 def matrix_kernel(
     x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares, across,
-    taps, conv_bias, state, slots, state_slot, state_row, channels,
     SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-    WIDTH: tl.constexpr, HAS_CONV_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width.
 
     `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share.
 
-    WHOLE: the width consists of whole blocks, and may be prefetched. WIDTH: as in `vector_kernel`.
+    WHOLE: the width consists of whole blocks, and may be prefetched.
     """
     BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
     start_next(PDL)
@@ -126,15 +107,8 @@ def matrix_kernel(
     row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
     if AHEAD > 0 and WHOLE:
         prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
-    convolves = (t < tokens)[:, None] & (n < channels)[None, :]
-    if WIDTH > 0:
-        conv = taps_and_bias(taps, conv_bias, n[None, :], channels, WIDTH, HAS_CONV_BIAS)
-        slot = tl.load(slots + t, mask=t < tokens, other=0).to(tl.int64)
-        cells = state + slot[:, None] * state_slot + n[None, :]
     wait_for_inputs(PDL)
 
-    if WIDTH > 0 and not SHARED:
-        window = window_before(cells, state_row, convolves, WIDTH - 1)
     # Rows of padding are not read: all programs would ask for the same few addresses at once.
     real = (t < tokens)[None, :]
     input_row = x + (t * x_row)[None, :]
@@ -165,10 +139,4 @@ def matrix_kernel(
     if last:
         if HAS_BIAS:
             sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
-        result = sums.to(y.dtype.element_ty)
-        if WIDTH > 0:
-            if SHARED:
-                window = window_before(cells, state_row, convolves, WIDTH - 1)
-            after = convolved(result, window, conv, cells, state_row, convolves, WIDTH)
-            result = tl.where((n < channels)[None, :], after.to(y.dtype.element_ty), result)
-        tl.store(y + cell, result, mask=inside)
+        tl.store(y + cell, sums.to(y.dtype.element_ty), mask=inside)

@@ -89,15 +89,16 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
         ],
     },
-    # 1 row, on the ordinary units; size: numbers of the weight
+    # 1 row, on the ordinary units; size: numbers of a row of the weight
     "linear_1": {
         90: [
-            (3e6, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4}),
-            (ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}),
+            (2000, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}),
+            (4000, {"BLOCK_N": 8, "AHEAD": 0, "num_warps": 4}),
+            (ANY, {"BLOCK_N": 1, "AHEAD": 0, "num_warps": 4}),
         ],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
     },
-    # up to 4 rows, the same. Empty: on the tensor cores, as up to 16 rows
+    # up to 4 rows; size: numbers of the weight. Empty: on the tensor cores, as up to 16 rows
     "linear_4": {
         90: [(3e6, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
         80: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
@@ -114,7 +115,6 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_32": {
         90: [
-            (1.5e6, {"BLOCK_N": 32, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 48, **FOUR_DEEP}),
             (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
             (ANY, {}),
@@ -123,7 +123,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_64": {
         90: [
-            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FOUR_DEEP}),
+            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (30e6, {}),
             (33e6, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
             (60e6, {}),

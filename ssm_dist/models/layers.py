@@ -48,9 +48,6 @@ class PackedLinear(nn.Module):
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """hidden (T, d_in) -> the two outputs (T, d_out), views of one packed result."""
-        first, second = kernels.linear(hidden, *self.packed()).chunk(2, dim=-1)
+        bias = None if self.bias is None else self.bias.flatten()
+        first, second = kernels.linear(hidden, self.weight.flatten(0, 1), bias).chunk(2, dim=-1)
         return first, second
-
-    def packed(self) -> tuple[Tensor, Tensor | None]:
-        """Weight (2 * d_out, d_in) and bias (2 * d_out,) or None: views of what is held."""
-        return self.weight.flatten(0, 1), None if self.bias is None else self.bias.flatten()

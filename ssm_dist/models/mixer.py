@@ -57,21 +57,14 @@ class HeadwiseProjection(nn.Module):
         self.heads = heads
         self.head_dim = channels // heads
 
-    def forward(self, x: Tensor, projected: Tensor | None = None) -> Tensor:
-        """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one.
-
-        projected: that result, where it is already there: then only what plans add is left to do.
-        """
-        return kernels.project_heads(x, self.weight, self.heads_held()) if projected is None else projected
+    def forward(self, x: Tensor) -> Tensor:
+        """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one."""
+        heads_held = max(1, self.weight.shape[0] // self.head_dim)
+        return kernels.project_heads(x, self.weight, heads_held)
 
     def arrange(self) -> None:
         """Let the weight be a view of (d_out, channels held), which decode steps read fastest."""
         self.weight.data = self.weight.data.T.contiguous().T
-
-
-    def heads_held(self) -> int:
-        """Heads, or one part of a head, that this rank has."""
-        return max(1, self.weight.shape[0] // self.head_dim)
 
 
 class HeadwiseExpansion(nn.Module):
@@ -125,13 +118,11 @@ class MambaMixer(nn.Module):
         )  # fmt: skip
 
     def _step(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
-        """The same of one token a sequence, in two halves, and what plans add to x_proj between them."""
-        x, z, projected = kernels.projected_conv_update(
-            hidden, *self.in_proj.packed(), self.conv.weight, self.conv.bias, state.conv, batch.slots,
-            self.x_proj.weight, self.x_proj.heads_held(),
-        )  # fmt: skip
+        """The same of one token a sequence."""
+        x, z = self.in_proj(hidden)
+        x = kernels.causal_conv_update(x, self.conv.weight, self.conv.bias, state.conv, batch.slots)
         return kernels.projected_state_update(
-            x, self.x_proj(x, projected), self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,
+            x, self.x_proj(x), self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,
             state.ssm, batch.slots, self.mixer_rms_eps,
         )  # fmt: skip
 

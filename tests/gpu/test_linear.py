@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend, triton_linear, tuning
-from tests.kernels.inputs import conv_inputs, projected_update_inputs, scan_inputs
+from tests.kernels.inputs import projected_update_inputs, scan_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -135,27 +135,17 @@ def test_projection_and_state_update_of_many_sequences_in_one(
         assert float((arguments[7].double() - wide[7]).norm() / wide[7].norm()) < 1e-5
 
 
-@pytest.mark.parametrize("sequences", [1, 3, 4, 7, 16, 24, 32, 64])
 @pytest.mark.parametrize(
-    ("model", "channels", "outputs", "heads"),
-    [(2560, 5120, 192, 1), (2560, 1280, 192, 1), (4096, 8192, 288, 1), (3712, 7424, 264, 2), (101, 37, 5, 1)],
+    ("channels", "outputs", "heads"), [(5120, 192, 1), (8192, 288, 1), (7424, 264, 2), (74, 5, 2)]
 )
-def test_first_half_of_a_step(sequences: int, model: int, channels: int, outputs: int, heads: int) -> None:
-    """in_proj, the convolution and x_proj, twice: a call finds the state that the one before left."""
+def test_x_proj_by_heads(channels: int, outputs: int, heads: int) -> None:
     with backend.using("triton", "cuda"), torch.device("cuda"):
-        _, taps, bias, state, _, slots = conv_inputs([1] * sequences, channels, 4, torch.bfloat16)
-        hidden = torch.randn(2, sequences, model).bfloat16()
-        weight = (torch.randn(2 * channels, model) / model**0.5).bfloat16()
-        x_proj = (torch.randn(outputs, channels) / channels**0.5).bfloat16().T
-        exact = state.double()
+        weight = (torch.randn(outputs, channels) / channels**0.5).bfloat16().T
         torch.cuda.synchronize()
-        ours = [
-            kernels.projected_conv_update(h, weight, None, taps, bias, state, slots, x_proj, heads)
-            for h in hidden
-        ]
-        with backend.using("reference", "cuda"):
-            wide = [weight.double(), None, taps.double(), bias.double(), exact, slots, x_proj.double(), heads]
-            right = [kernels.projected_conv_update(h.double(), *wide) for h in hidden]
-        for found, expected in [*zip(ours[0], right[0], strict=True), *zip(ours[1], right[1], strict=True)]:
-            assert float((found.double() - expected).norm() / expected.norm()) < 5e-3
-        assert float((state.double() - exact).norm() / exact.norm()) < 3e-3
+        for rows in ROWS:
+            x = torch.randn(rows, 2 * channels).bfloat16()[:, :channels]
+            y = kernels.project_heads(x, weight, heads)
+            by_head = x.double().unflatten(1, (heads, -1)), weight.double().unflatten(0, (heads, -1))
+            exact = torch.einsum("tgc,gcr->tgr", *by_head)
+            assert float((y.double() - exact).norm() / exact.norm()) < 3e-3, rows
+            assert torch.equal(kernels.project_heads(x, weight, heads), y), rows

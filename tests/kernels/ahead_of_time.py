@@ -38,7 +38,7 @@ from ssm_dist.kernels import (
 
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
-              "value_pages", "given", "taps", "conv_bias"],
+              "value_pages", "given"],
     "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals",
               "parts"],
     "*i32": ["seq_offsets", "slots", "pages", "counters"],
@@ -67,13 +67,11 @@ STREAM = {**GLUON, "WARPS": 1, "STAGES": 4, "num_warps": 1, "maxnreg": 96}
 STREAM_CHUNKED = {**STREAM, "CHUNKED": True, "PDL": True, "maxnreg": None}
 
 
-TAIL = {"WIDTH": 4, "HAS_CONV_BIAS": True, "state": "*bf16"}
-NO_TAIL = {**TAIL, "WIDTH": 0}
-VECTOR = {"K": 5120, "HEADS": 1, "HAS_BIAS": True, "BLOCK_K": 256, **NO_TAIL}
+VECTOR = {"K": 5120, "HEADS": 1, "HAS_BIAS": True, "BLOCK_K": 256}
 PROJECTED = {"RANK": 160, "N": 16, "RMS": True, "BLOCK_R": 256, "eps": "fp32", "state": "*fp32"}
 UPDATES = {**PROJECTED, "SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 4}
 MATRIX = {
-    **NO_TAIL, "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
+    "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
     "BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 512, "num_warps": 4, "num_stages": 4,
 }  # fmt: skip
 
@@ -109,16 +107,10 @@ KERNELS: dict[str, Case] = {
     "linear, 4 rows": Case(
         triton_linear_kernels.vector_kernel, {**VECTOR, "K": 2560, "TOKENS": 4}, "linear_4"
     ),
-    "linear, 1 row, conv": Case(
-        triton_linear_kernels.vector_kernel, {**VECTOR, **TAIL, "TOKENS": 1}, "linear_1", (90,)
-    ),
     "linear, 4 rows, 2 heads": Case(
         triton_linear_kernels.vector_kernel, {**VECTOR, "K": 3712, "TOKENS": 4, "HEADS": 2}, "linear_4", (90,)
     ),
     "linear, 16 rows": Case(triton_linear_kernels.matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
-    "linear, 16 rows, conv": Case(
-        triton_linear_kernels.matrix_kernel, {**MATRIX, **TAIL, "BLOCK_T": 16}, "linear_16"
-    ),
     "linear, 64 rows": Case(triton_linear_kernels.matrix_kernel, {**MATRIX, "BLOCK_T": 64}),
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"

@@ -162,13 +162,6 @@ def _state_update(mine: list[Any]) -> Tensor:
     return kernels.selective_state_update(*mine[:-2], mine[-1])
 
 
-def _projected_conv(mine: list[Any]) -> Tensor:
-    channels = mine[0].shape[1]
-    weight, x_proj = mine[0].new_ones(channels + 3, channels), mine[0].new_ones(7, channels).T
-    y, z, projected = kernels.projected_conv_update(mine[0], weight, None, *mine[1:-2], mine[-1], x_proj, 1)
-    return y + z.sum() + projected.sum()
-
-
 def _projected_update(mine: list[Any]) -> Tensor:
     x, given, weight = mine[0], torch.cat([mine[1][:, None, :3], mine[3], mine[4]], -1), mine[0].T[:, :3]
     return kernels.projected_state_update(x, given, weight.contiguous(), mine[2], *mine[5:9], mine[-1], 1e-6)
@@ -192,7 +185,6 @@ def _norms(mine: list[Any]) -> Tensor:
         (_conv, conv_inputs, 3),
         (_conv_update, conv_inputs, 3),
         (_state_update, scan_inputs, 8),
-        (_projected_conv, conv_inputs, 3),
         (_projected_update, scan_inputs, 8),
         (_linear, conv_inputs, 3),
         (_norms, conv_inputs, 3),
