@@ -36,7 +36,7 @@ def _about(report: dict[str, Any]) -> str:
     own = "" if nominal is None else f"; on paper the memory has {nominal / 1e12:.2f}"
     copy = f"{ceilings['bytes'] / 1e12:.2f} TB/s"
     return (
-        f"The floor counts bytes at the rate of a large copy by the driver, {copy} in this run; kernels can "
+        f"The floor counts bytes at the rate of a large copy, {copy} in this run; kernels can "
         f"exceed it{own}. Peers run in the same process, on the layouts that they want; × is how many times "
         "faster ours is."
     )

@@ -69,9 +69,8 @@ def _padded(tokens: int) -> int:
 
 def _vector_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
     """Empty where the tensor cores' kernel is faster."""
-    if x.shape[0] == 1:
-        return tuning.configuration("linear_1", x.shape[1], x.device)
-    return tuning.configuration(f"linear_{VECTOR_ROWS}", weight.numel(), x.device)
+    op = "linear_1" if x.shape[0] == 1 else f"linear_{VECTOR_ROWS}"
+    return tuning.configuration(op, weight.numel(), x.device)
 
 
 def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:

@@ -68,7 +68,7 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [
             (1, {"BLOCK_D": 4, "num_warps": 1}),
             (8, {"BLOCK_D": 8, "num_warps": 2}),
-            (128, {"SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 4}),
+            (16, {"SEQUENCES": 16, "BLOCK_D": 16, "num_warps": 4}),
             (ANY, {"SEQUENCES": 16, "BLOCK_D": 32, "num_warps": 4}),
         ],
         80: [(8, {"BLOCK_D": 16, "num_warps": 2}), (ANY, {})],
@@ -89,13 +89,9 @@ TABLE: dict[str, dict[int, Rows]] = {
             (ANY, {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 1}),
         ],
     },
-    # 1 row, on the ordinary units; size: numbers of a row of the weight
+    # 1 row, on the ordinary units; size: numbers of the weight
     "linear_1": {
-        90: [
-            (2000, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}),
-            (4000, {"BLOCK_N": 8, "AHEAD": 0, "num_warps": 4}),
-            (ANY, {"BLOCK_N": 1, "AHEAD": 0, "num_warps": 4}),
-        ],
+        90: [(ANY, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4})],
         80: [(ANY, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4})],
     },
     # up to 4 rows; size: numbers of the weight. Empty: on the tensor cores, as up to 16 rows
