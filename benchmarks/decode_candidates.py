@@ -46,7 +46,7 @@ JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
         }
         for rows, op, candidates in (
             (8, "linear_16", MATRIX[4:]), (16, "linear_16", [*MATRIX[4:], DEALT[0]]),
-            (32, "linear_32", DEALT), (64, "linear_64", DEALT),
+            (32, "linear_32", DEALT), (64, "linear_64_deep", DEALT),
         )
     },
 }  # fmt: skip

@@ -139,6 +139,8 @@ def candidates_row(
     candidates = {"linear_1": VECTOR, "linear_4": [{}, *VECTOR[:5]], "linear_16": MATRIX}.get(
         op, MATRIX + DEALT if weights[0].numel() < 3e6 else MATRIX
     )
+    if op == "linear_64" and shape[1] > shape[0]:
+        op = "linear_64_deep"
     found: list[tuple[float, dict[str, int]]] = []
     for config in candidates:
         with tuning.forced(op, config), contextlib.suppress(Exception):  # too much shared memory

@@ -75,7 +75,14 @@ def _vector_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
 
 def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
     """Empty where torch's product is faster."""
-    return tuning.configuration(f"linear_{_padded(x.shape[0])}", weight.numel(), x.device)
+    return tuning.configuration(_matrix_op(x.shape[0], weight), weight.numel(), x.device)
+
+
+def _matrix_op(rows: int, weight: Tensor) -> str:
+    """The table's name of the tensor cores' kernel for so many rows."""
+    padded = _padded(rows)
+    deep = padded == MOST_ROWS and weight.shape[1] > weight.shape[0]
+    return f"linear_{padded}_deep" if deep else f"linear_{padded}"
 
 
 def _by_vector(x: Tensor, weight: Tensor) -> bool:

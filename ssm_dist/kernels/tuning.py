@@ -119,13 +119,20 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_64": {
         90: [
-            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
             (30e6, {}),
             (33e6, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
             (60e6, {}),
             (66e6, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
             (100e6, {}),
             (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
+        ],
+        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
+    },
+    # up to 64 rows, where the sums are longer than there are outputs
+    "linear_64_deep": {
+        90: [
+            (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),
+            (ANY, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
         ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
     },
