@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.operators import operator
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -30,10 +31,20 @@ def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
 
     Group g makes the outputs g * N / G ... (g + 1) * N / G - 1.
     """
-    groups = x.shape[1]
-    if groups == 1:
-        return linear(x[:, 0], weight)
-    return torch.einsum("tgr,gcr->tgc", x, weight.unflatten(0, (groups, -1))).flatten(1)
+    return linear(x[:, 0], weight) if x.shape[1] == 1 else _side_by_side(x, weight)
+
+
+def _wide(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weight.shape[0]))
+
+
+@operator("linear_by_head", fake=_wide)
+def _side_by_side(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head's product is written where it belongs: a batched product would have to be copied there."""
+    y, heads = _wide(x, weight), x.shape[1]
+    for head, (outputs, rows) in enumerate(zip(y.chunk(heads, 1), weight.chunk(heads), strict=True)):
+        torch.mm(x[:, head], rows.T, out=outputs)
+    return y
 
 
 @backend.register("project_heads", "reference")

@@ -28,9 +28,9 @@ and token at 16 a clock and multiprocessor, 132 of them at 1.98 GHz. mamba-ssm's
 in the same run, on the layout that it wants. A form is a chunk's tokens (0: whole sequences), warps a block,
 groups of tokens ahead in registers, exponentials of every 16 by polynomial, tiles in shared memory, registers
 (0: the compiler's choice), and tokens that first chunks are shorter by. The chosen form is what
-`ssm_dist/kernels/gluon_form.py` took when this was written; report.json has all forms that were measured.
-Times are medians of CUDA graphs that rotate over inputs larger than the L2 cache. Every form is checked
-against float64 and for equal bits when run again. Made by `tests/gpu/bench_scan.py`."""
+`ssm_dist/kernels/gluon_form.py` took when this was written; the JSON beside this page has all that were
+measured. Times are medians of CUDA graphs that rotate over inputs larger than the L2 cache. Every form is
+checked against float64 and for equal bits when run again. Made by `tests/gpu/bench_scan.py`."""
 
 
 def report(

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ssm_dist import kernels
+from ssm_dist.kernels.linear import linear_by_head
 from tests.kernels import naive
 from tests.kernels.inputs import SLOTS, conv_inputs, offsets_of, scan_inputs
 
@@ -172,3 +173,15 @@ def test_a_sequence_in_a_batch_equals_it_alone(op: str) -> None:
         )
         slot = int(alone[-1][s])
         assert_close(alone[STATE[op]][slot], together[STATE[op]][slot])
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_each_head_is_expanded_by_its_rows(heads: int) -> None:
+    """From a part of wider rows, as the mixer gives it."""
+    x, weight = torch.randn(5, heads, 9).double()[..., :7], torch.randn(heads * 4, 7).double()
+    y = linear_by_head(x, weight)
+    blocks = [x[:, head] @ rows.T for head, rows in enumerate(weight.chunk(heads))]
+    assert y.is_contiguous()
+    assert_close(y, torch.cat(blocks, 1))
+    compiled = torch.compile(linear_by_head, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, weight), y)
