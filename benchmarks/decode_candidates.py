@@ -20,7 +20,7 @@ DEALT = [
     {"BLOCK_T": 16, "BLOCK_N": n, "BLOCK_K": k, "AHEAD": 0, "PROGRAMS": programs, **FOUR}
     for n, k, programs in ((64, 128, 96), (64, 128, 132), (64, 64, 132), (32, 128, 132))
 ]
-"""For more rows than 16 and a small weight: rows in blocks."""
+"""For a small weight: rows in blocks."""
 
 
 def narrow(op: str, config: tuning.Configuration) -> dict[str, tuning.Configuration | tuning.Rows]:
@@ -31,7 +31,7 @@ def narrow(op: str, config: tuning.Configuration) -> dict[str, tuning.Configurat
 JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
     1: {
         "update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}},
-        **{f"rows of {n}": {"linear_1": {"BLOCK_N": n, "AHEAD": 0, "num_warps": 4}} for n in (2, 4, 8)},
+        **{f"rows of {n}": {"linear_1": {"BLOCK_N": n, "AHEAD": 0, "num_warps": 4}} for n in (1, 4, 8)},
     },
     4: {
         "update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}},

@@ -209,7 +209,7 @@ def main() -> None:
     report["steps"] = list(step_rows(model, clock, copy, deadline))
     del model
     columns = {"model": "", "sequences": "d", **times}
-    columns |= dict.fromkeys(("separate update",), ".2f")
+    columns["separate update"] = ".2f"
     console.print(table(report["steps"], "Decode steps, ms", columns))
     report["layers"] = list(layer_rows(clock, copy, deadline))
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}

@@ -31,7 +31,7 @@ class Ceilings:
 
 
 def ceilings_of(device: torch.device) -> Ceilings | None:
-    """Measured now, with 2 GB of memory; None on a CPU."""
+    """Measured now, with 2.6 GB of memory; None on a CPU."""
     if device.type != "cuda":
         return None
     ceilings = Ceilings(**Clock(device).ceilings())

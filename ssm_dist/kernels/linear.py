@@ -42,8 +42,9 @@ def _wide(x: Tensor, weight: Tensor) -> Tensor:
 def _side_by_side(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's product is written where it belongs: a batched product would have to be copied there."""
     y, heads = _wide(x, weight), x.shape[1]
-    for head, (outputs, rows) in enumerate(zip(y.chunk(heads, 1), weight.chunk(heads), strict=True)):
-        torch.mm(x[:, head], rows.T, out=outputs)
+    with torch.no_grad():  # which writing into a part of a tensor asks for
+        for head, (outputs, rows) in enumerate(zip(y.chunk(heads, 1), weight.chunk(heads), strict=True)):
+            torch.mm(x[:, head], rows.T, out=outputs)
     return y
 
 

@@ -22,7 +22,7 @@ from ssm_dist.parallel.mesh import TensorParallel
 Result = TypeVar("Result")
 
 SECONDS = 120.0
-"""How long a simulated rank waits for the others."""
+"""How long a simulated rank waits for each of the others, who take turns."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class _Exchange:
         self.board[rank] = what
         self.turn.release()
         try:
-            barrier.wait(SECONDS)
+            barrier.wait(SECONDS * size)
             found = self.board[first : first + size]
-            barrier.wait(SECONDS)
+            barrier.wait(SECONDS * size)
         finally:
             self.turn.acquire()
         kinds = {(name, tensor.shape) for name, tensor in found}

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ssm_dist import LLM, Completion, SamplingParams, UserError
+from ssm_dist.models.mixer import HeadwiseProjection
 from ssm_dist.sampling.params import SamplingParams as Params
 from tests.engine.checkpoints import EOS, save_checkpoint
 from tests.oracle import greedy, logits, random_model
@@ -48,6 +49,12 @@ MIXED = [
     SamplingParams(max_new_tokens=12, temperature=1.0, top_k=5, seed=4, ignore_eos=True),
     SamplingParams(max_new_tokens=5, repetition_penalty=1.3, ignore_eos=True),
 ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_x_proj_is_stored_as_decode_steps_read_it(name: str, folders: dict[str, Path]):
+    projections = [m for m in load(folders[name]).model.modules() if isinstance(m, HeadwiseProjection)]
+    assert projections and all(module.weight.T.is_contiguous() for module in projections)
 
 
 @pytest.mark.parametrize("name", NAMES)

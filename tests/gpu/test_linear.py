@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend, triton_linear, tuning
+from ssm_dist.kernels.linear import linear_by_head
 from tests.kernels.inputs import projected_update_inputs, scan_inputs
 
 pytestmark = [
@@ -149,3 +150,12 @@ def test_x_proj_by_heads(channels: int, outputs: int, heads: int) -> None:
             exact = torch.einsum("tgc,gcr->tgr", *by_head)
             assert float((y.double() - exact).norm() / exact.norm()) < 3e-3, rows
             assert torch.equal(kernels.project_heads(x, weight, heads), y), rows
+
+
+@pytest.mark.parametrize("rows", [1, 64, 3000])
+def test_dt_proj_by_heads(rows: int) -> None:
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        x, weight = torch.randn(rows, 2, 264).bfloat16()[..., :232], torch.randn(7424, 232).bfloat16()
+        y = linear_by_head(x, weight)
+        exact = torch.cat([x[:, g].double() @ w.double().T for g, w in enumerate(weight.chunk(2))], 1)
+        assert float((y.double() - exact).norm() / exact.norm()) < 3e-3

@@ -89,6 +89,10 @@ class Case(NamedTuple):
 
 KERNELS: dict[str, Case] = {
     "causal_conv": Case(triton_conv._conv_kernel, CONV, "causal_conv"),
+    "causal_conv, one sequence": Case(
+        triton_conv._conv_kernel,
+        {**CONV, "BLOCK_T": 16, "TILE": 16, "BLOCK_D": 128, "num_warps": 1, "BLOCK_S": 1}, "", (90,),
+    ),
     "causal_conv_update": Case(triton_conv._conv_update_kernel, CONV, "causal_conv_update"),
     "selective_state_update": Case(triton_update._state_update_kernel, UPDATE, "selective_state_update"),
     "add_rms_norm": Case(triton_norm._add_rms_norm_kernel, NORM, "add_rms_norm"),
@@ -112,6 +116,9 @@ KERNELS: dict[str, Case] = {
     ),
     "linear, 16 rows": Case(triton_linear_kernels.matrix_kernel, {**MATRIX, "BLOCK_T": 16}, "linear_16"),
     "linear, 64 rows": Case(triton_linear_kernels.matrix_kernel, {**MATRIX, "BLOCK_T": 64}),
+    "linear, 64 rows dealt out": Case(
+        triton_linear_kernels.matrix_kernel, {**MATRIX, "BLOCK_T": 16, "BLOCK_K": 128}, "", (90,)
+    ),
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
     ),

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 REGISTERS = {
-    ("causal_conv", 90): 80, ("causal_conv", 80): 88,
+    ("causal_conv", 90): 80, ("causal_conv, one sequence", 90): 104, ("causal_conv", 80): 88,
     ("causal_conv_update", 90): 96, ("causal_conv_update", 80): 120,
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,
@@ -26,6 +26,7 @@ REGISTERS = {
     ("linear, 4 rows", 90): 168, ("linear, 4 rows", 80): 168,
     ("linear, 16 rows", 90): 80, ("linear, 16 rows", 80): 80,
     ("linear, 4 rows, 2 heads", 90): 128,
+    ("linear, 64 rows dealt out", 90): 64,
     ("linear, 64 rows", 90): 168, ("linear, 64 rows", 80): 168,
     ("projected update", 90): 128, ("projected update", 80): 128,
     ("projected updates, 64 sequences", 90): 120, ("projected updates, 256 sequences", 90): 200,

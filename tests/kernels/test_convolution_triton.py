@@ -23,9 +23,12 @@ def test_conv_is_its_definition(lengths: list[int], width: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels", [1, 40])
-def test_conv_in_small_blocks_crosses_none_of_their_edges(dtype: torch.dtype, channels: int) -> None:
-    """Sequences that end before, at and after the edges of tiles and blocks."""
-    with tuning.forced("causal_conv", SMALL):
+@pytest.mark.parametrize("tile", [4, 8])
+def test_conv_in_small_blocks_crosses_none_of_their_edges(
+    dtype: torch.dtype, channels: int, tile: int
+) -> None:
+    """Sequences that end before, at and after the edges of tiles and blocks; tiles that are whole blocks."""
+    with tuning.forced("causal_conv", {**SMALL, "TILE": tile}):
         check_stateful(
             kernels.causal_conv, naive.causal_conv, conv_inputs([7, 8, 0, 9, 17, 4], channels, 4, dtype)
         )

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.testing import assert_close
 
 from ssm_dist import kernels
@@ -178,7 +178,7 @@ def test_a_sequence_in_a_batch_equals_it_alone(op: str) -> None:
 @pytest.mark.parametrize("heads", [1, 2, 3])
 def test_each_head_is_expanded_by_its_rows(heads: int) -> None:
     """From a part of wider rows, as the mixer gives it."""
-    x, weight = torch.randn(5, heads, 9).double()[..., :7], torch.randn(heads * 4, 7).double()
+    x, weight = torch.randn(5, heads, 9).double()[..., :7], nn.Parameter(torch.randn(heads * 4, 7).double())
     y = linear_by_head(x, weight)
     blocks = [x[:, head] @ rows.T for head, rows in enumerate(weight.chunk(heads))]
     assert y.is_contiguous()

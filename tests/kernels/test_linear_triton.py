@@ -56,7 +56,7 @@ def test_few_rows_by_a_large_weight_are_multiplied_by_tensor_cores(tokens: int) 
 @pytest.mark.parametrize(
     ("tokens", "shape", "vector"),
     [(1, (10240, 2560), True), (1, (65024, 4096), True), (2, (5120, 160), True), (4, (8192, 256), True),
-     (2, (10240, 2560), False), (4, (2560, 5120), False), (4, (4096, 8192), False), (5, (5120, 160), False)],
+     (2, (10240, 2560), False), (4, (2560, 5120), False), (4, (4096, 8192), False), (5, (2560, 5120), False)],
 )  # fmt: skip
 def test_which_units_multiply_on_hopper(
     tokens: int, shape: tuple[int, int], vector: bool, monkeypatch: pytest.MonkeyPatch
@@ -65,6 +65,19 @@ def test_which_units_multiply_on_hopper(
     x, weight = torch.empty(tokens, shape[1], device="meta").bfloat16(), torch.empty(shape, device="meta")
     assert triton_linear._serves(x, weight.bfloat16())
     assert triton_linear._by_vector(x, weight.bfloat16()) == vector
+
+
+@pytest.mark.parametrize(
+    ("rows", "shape", "ours"),
+    [(33, (2560, 5120), True), (64, (192, 5120), True), (64, (4096, 8192), True), (64, (25140, 2560), True),
+     (64, (10240, 2560), False), (33, (16384, 4096), False), (64, (2560, 2560), False)],
+)  # fmt: skip
+def test_who_multiplies_33_to_64_rows_on_hopper(
+    rows: int, shape: tuple[int, int], ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    x, weight = torch.empty(rows, shape[1], device="meta"), torch.empty(shape, device="meta")
+    assert triton_linear._serves(x.bfloat16(), weight.bfloat16()) == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -78,10 +91,17 @@ def test_up_to_64_rows_are_multiplied(dtype: torch.dtype, tokens: int, shape: tu
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 1), (4, 1), (1, 2), (3, 3), (6, 2)])
-def test_heads_are_projected(tokens: int, heads: int, dtype: torch.dtype) -> None:
-    """By a weight stored by its outputs, and by one stored by its inputs."""
+def test_heads_are_projected(
+    tokens: int, heads: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a weight stored by its outputs, heads of few rows at once; and by one stored by its inputs."""
     x, weight, _ = inputs(tokens, (5, 7 * heads), dtype)
+    at_once, calls = triton_linear._few_rows_by_head, []
+    monkeypatch.setattr(
+        triton_linear, "_few_rows_by_head", lambda *given: calls.append(given) or at_once(*given)
+    )
     y = kernels.project_heads(x, weight.T, heads)
+    assert len(calls) == (heads > 1 and tokens <= 4)
     by_head = x.double().unflatten(1, (heads, -1)), weight.T.double().unflatten(0, (heads, -1))
     exact = torch.einsum("tgc,gcr->tgr", *by_head)
     size = torch.einsum("tgc,gcr->tgr", *(t.abs() for t in by_head))
@@ -90,6 +110,7 @@ def test_heads_are_projected(tokens: int, heads: int, dtype: torch.dtype) -> Non
     assert ((y.double() - exact).abs() <= bound).all()
     y = kernels.project_heads(x, weight.T.contiguous(), heads)
     assert ((y.double() - exact).abs() <= bound).all()
+    assert len(calls) == (heads > 1 and tokens <= 4)
 
 
 @pytest.mark.parametrize("programs", [1, 6, 10, 1000])

@@ -24,7 +24,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> Ours:
     tp = TensorParallel.over_all_ranks("cpu") if dist.is_initialized() else None
     ours = load_ours(folder, tp, dtype)
     localise(ours.model)
-    arrange_weights(ours.model)
+    arrange_weights(ours.model)  # as `load_model` does
     return ours
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from ssm_dist.models.mixer import HeadwiseProjection
 from tests.checkpoint.ours import Ours
 from tests.models.running import SLOTS, Run, at_once, in_chunks, load
 
@@ -28,11 +27,6 @@ def prompts_of(lengths: list[int]) -> list[list[int]]:
 def test_prefill_in_chunks_equals_prefill_at_once(ours: Ours, length: int, chunk: int) -> None:
     (prompt,) = prompts_of([length])
     assert_close(in_chunks(ours, prompt, chunk), at_once(ours, prompt), rtol=0, atol=1e-4)
-
-
-def test_x_proj_is_stored_as_decode_steps_read_it(ours: Ours) -> None:
-    weights = [m.weight for m in ours.model.modules() if isinstance(m, HeadwiseProjection)]
-    assert weights and all(weight.T.is_contiguous() for weight in weights)
 
 
 def test_decode_token_by_token_equals_prefill_at_once(ours: Ours) -> None:
