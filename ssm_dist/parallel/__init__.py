@@ -35,9 +35,8 @@ from ssm_dist.parallel.styles import (
     Rowwise,
     Sharded,
     Style,
-    VocabParallelEmbedding,
-    VocabParallelHead,
 )
+from ssm_dist.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 __all__ = [
     "Adjusted",

@@ -18,14 +18,9 @@ from ssm_dist.parallel.attributes import find, has, set_own
 from ssm_dist.parallel.collectives import Wire, tp_all_gather, tp_all_reduce
 from ssm_dist.parallel.mesh import TensorParallel
 from ssm_dist.parallel.splits import Along, Blocks, Groups, PaddedRows, WithinHeads
-from ssm_dist.parallel.styles import (
-    Reduction,
-    Style,
-    VocabParallelEmbedding,
-    VocabParallelHead,
-    weight_of,
-)
+from ssm_dist.parallel.styles import Reduction, Style, weight_of
 from ssm_dist.parallel.summed import summed_product
+from ssm_dist.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 Travel = Wire | Literal["branch", "x_proj"]
 """How a sum travels: as given here, or as the `Reductions` of the ranks say for that kind."""

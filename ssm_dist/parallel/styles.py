@@ -10,15 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Protocol, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssm_dist.kernels import add_rms_norm, linear
 from ssm_dist.parallel.collectives import (
     splits_residual,
     sums_in_place,
-    tp_all_gather,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
@@ -235,47 +232,3 @@ class HeadwiseReduce(Style):
     def _span(module: nn.Module, degree: int) -> int:
         """Ranks that share a head."""
         return max(1, degree // heads_of(module))
-
-
-@dataclass(frozen=True)
-class VocabParallelEmbedding(Style):
-    """An embedding split by rows of the vocabulary; the lookup is summed exactly (one rank has the row)."""
-
-    padded = True
-
-    def shards(self, module: nn.Module) -> dict[str, int]:
-        return {"weight": 0}
-
-    def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        group, wire = tp.group, tp.reductions.embedding
-
-        def forward(tokens: Tensor) -> Tensor:
-            rows = weight_of(module).shape[0]
-            local = tokens - tp.rank * rows
-            mine = (local >= 0) & (local < rows)
-            found = F.embedding(torch.where(mine, local, 0), weight_of(module))
-            mine_only = torch.where(mine[:, None], found, 0)
-            return tp_all_reduce_spent(mine_only, group, wire.codec, wire.group_size, wire.algorithm)
-
-        module.forward = forward
-
-    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
-        return Reduction("all-reduce", weight_of(module).shape[1], degree)
-
-
-@dataclass(frozen=True)
-class VocabParallelHead(Style):
-    """A head split by rows of the vocabulary; every rank gets the logits of the whole vocabulary."""
-
-    padded = True
-
-    def shards(self, module: nn.Module) -> dict[str, int]:
-        return {"weight": 0}
-
-    def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        module.register_forward_hook(
-            lambda _module, _inputs, output: tp_all_gather(output, tp.group, tp.degree)
-        )
-
-    def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
-        return Reduction("all-gather of sampled rows", weight_of(module).shape[0], degree)

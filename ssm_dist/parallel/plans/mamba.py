@@ -8,9 +8,8 @@ from ssm_dist.parallel.styles import (
     ReduceAddNorm,
     Rowwise,
     Sharded,
-    VocabParallelEmbedding,
-    VocabParallelHead,
 )
+from ssm_dist.parallel.vocabulary import VocabParallelEmbedding, VocabParallelHead
 
 MIXER_PLAN: Plan = {
     "layers.*.mixer": Sharded({"A_log": 0, "D": 0}),
