@@ -93,9 +93,8 @@ def _by_vector(x: Tensor, weight: Tensor) -> bool:
 def _serves(x: Tensor, weight: Tensor) -> bool:
     if x.dim() != 2 or x.dtype != weight.dtype or x.stride(1) != 1 or not 0 < x.shape[0] <= MOST_ROWS:
         return False
-    if not weight.is_contiguous():
-        return False
-    return _by_vector(x, weight) or (x.element_size() <= 2 and bool(_matrix_configuration(x, weight)))
+    by_tensor_cores = x.element_size() <= 2 and bool(_matrix_configuration(x, weight))
+    return weight.is_contiguous() and (by_tensor_cores or _by_vector(x, weight))
 
 
 def _outputs(x: Tensor, weight: Tensor, *_: Any) -> Tensor:

@@ -116,11 +116,9 @@ def matrix_kernel(
     for at in range(begin, tl.minimum(begin + span, width), BLOCK_K):
         if WHOLE:
             right = tl.load(input_row + (at + k)[:, None], mask=real, other=0.0)
-        else:
-            right = tl.load(input_row + (at + k)[:, None], mask=real & (at + k < width)[:, None], other=0.0)
-        if WHOLE:
             left = tl.load(row[:, None] + (at + k)[None, :])
         else:
+            right = tl.load(input_row + (at + k)[:, None], mask=real & (at + k < width)[:, None], other=0.0)
             left = tl.load(row[:, None] + (at + k)[None, :], mask=(at + k < width)[None, :], other=0.0)
         total = tl.dot(factor(left), factor(right), total)
 
