@@ -51,5 +51,5 @@ JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
     },
 }  # fmt: skip
 """Sequences -> candidates of their steps -> op -> configuration, where it is not the recorded one."""
-ROWS = {"linear_1": 1, "linear_4": 4, "linear_16": 16, "linear_32": 32, "linear_64": 64}
-"""Configured op -> rows to time."""
+ROWS = (1, 4, 16, 32, 64)
+"""Of the linear layers to time."""

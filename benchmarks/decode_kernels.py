@@ -31,7 +31,7 @@ from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import linear_layers
 from ssm_dist.kernel_benchmark.clock import Call, Clock
 from ssm_dist.kernel_benchmark.program import environment, table
-from ssm_dist.kernels import backend, dependent_launch, tuning
+from ssm_dist.kernels import backend, dependent_launch, triton_linear, tuning
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mixer import arrange_weights
@@ -130,17 +130,17 @@ def joint_rows(model: LanguageModel, clock: Clock, deadline: float) -> Iterator[
 
 
 def candidates_row(
-    shape: tuple[int, int], rows: int, op: str, clock: Clock, weights: list[Tensor], copy: float
+    shape: tuple[int, int], rows: int, clock: Clock, weights: list[Tensor], copy: float
 ) -> dict[str, Any]:
     """Microseconds of one layer by configuration; the best once more without dependent launches."""
     x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
     calls: list[Call] = [functools.partial(kernels.linear, x, weight) for weight in weights]
     torchs: list[Call] = [functools.partial(F.linear, x, weight) for weight in weights]
-    candidates = {"linear_1": VECTOR, "linear_4": [{}, *VECTOR[:5]], "linear_16": MATRIX}.get(
-        op, MATRIX + DEALT if weights[0].numel() < 3e6 else MATRIX
+    few = rows <= triton_linear.VECTOR_ROWS
+    op = triton_linear.vector_op(rows) if few else triton_linear.matrix_op(rows, weights[0])
+    candidates = {1: VECTOR, 4: [{}, *VECTOR[:5]], 16: MATRIX}.get(
+        rows, MATRIX + DEALT if weights[0].numel() < 3e6 else MATRIX
     )
-    if op == "linear_64" and shape[1] > shape[0]:
-        op = "linear_64_deep"
     found: list[tuple[float, dict[str, int]]] = []
     for config in candidates:
         with tuning.forced(op, config), contextlib.suppress(Exception):  # too much shared memory
@@ -168,11 +168,11 @@ def layer_rows(clock: Clock, copy: float, deadline: float) -> Iterator[dict[str,
             seen.add(shape)
             count = min(256, max(2, round(WEIGHTS / (2 * shape[0] * shape[1]))))
             weights = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(count)]
-            for op, rows in ROWS.items():
+            for rows in ROWS:
                 if time.monotonic() > deadline:
                     print(f"left out: {name} / {degree}, {shape}, {rows} rows", file=sys.stderr)
                     continue
-                yield candidates_row(shape, rows, op, clock, weights, copy)
+                yield candidates_row(shape, rows, clock, weights, copy)
 
 
 def _named(config: dict[str, int]) -> str:

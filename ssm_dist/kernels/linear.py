@@ -34,14 +34,15 @@ def linear_by_head(x: Tensor, weight: Tensor) -> Tensor:
     return linear(x[:, 0], weight) if x.shape[1] == 1 else _side_by_side(x, weight)
 
 
-def _wide(x: Tensor, weight: Tensor) -> Tensor:
+def empty_outputs(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """What a linear layer fills: (T, N) for x (T, ...) and weight (N, K)."""
     return x.new_empty((x.shape[0], weight.shape[0]))
 
 
-@operator("linear_by_head", fake=_wide)
+@operator("linear_by_head", fake=empty_outputs)
 def _side_by_side(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's product is written where it belongs: a batched product would have to be copied there."""
-    y, heads = _wide(x, weight), x.shape[1]
+    y, heads = empty_outputs(x, weight), x.shape[1]
     with torch.no_grad():  # which writing into a part of a tensor asks for
         for head, (outputs, rows) in enumerate(zip(y.chunk(heads, 1), weight.chunk(heads), strict=True)):
             torch.mm(x[:, head], rows.T, out=outputs)

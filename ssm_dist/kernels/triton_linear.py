@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options
-from ssm_dist.kernels.linear import project_heads_reference
+from ssm_dist.kernels.linear import empty_outputs, project_heads_reference
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_linear_kernels import matrix_kernel, vector_kernel
 from ssm_dist.kernels.triton_shares import COUNTERS, counters
@@ -69,16 +69,20 @@ def _padded(tokens: int) -> int:
 
 def _vector_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
     """Empty where the tensor cores' kernel is faster."""
-    op = "linear_1" if x.shape[0] == 1 else f"linear_{VECTOR_ROWS}"
-    return tuning.configuration(op, weight.numel(), x.device)
+    return tuning.configuration(vector_op(x.shape[0]), weight.numel(), x.device)
+
+
+def vector_op(rows: int) -> str:
+    """The table's name of the ordinary units' kernel for so many rows."""
+    return "linear_1" if rows == 1 else f"linear_{VECTOR_ROWS}"
 
 
 def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
     """Empty where torch's product is faster."""
-    return tuning.configuration(_matrix_op(x.shape[0], weight), weight.numel(), x.device)
+    return tuning.configuration(matrix_op(x.shape[0], weight), weight.numel(), x.device)
 
 
-def _matrix_op(rows: int, weight: Tensor) -> str:
+def matrix_op(rows: int, weight: Tensor) -> str:
     """The table's name of the tensor cores' kernel for so many rows."""
     padded = _padded(rows)
     deep = padded == MOST_ROWS and weight.shape[1] > weight.shape[0]
@@ -97,14 +101,10 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
     return weight.is_contiguous() and (by_tensor_cores or _by_vector(x, weight))
 
 
-def _outputs(x: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return x.new_empty((x.shape[0], weight.shape[0]))
-
-
-@operator("linear", fake=_outputs)
+@operator("linear", fake=empty_outputs)
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
-    y = _outputs(x, weight)
+    y = empty_outputs(x, weight)
     with torch.cuda.device_of(x):
         (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
     return y

@@ -97,17 +97,17 @@ class MambaMixer(nn.Module):
 
     def forward(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
         """hidden (T, d_model), normed -> (T, d_model), the branch; `state` is updated in place."""
+        x, z = self.in_proj(hidden)
         mix = self._step if batch.decode else self._scan
-        return self.out_proj(mix(hidden, batch, state))
+        return self.out_proj(mix(x, z, batch, state))
 
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""
         channels, width = self.conv.weight.shape
         return (width - 1, channels), (channels, self.A_log.shape[1])
 
-    def _scan(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
-        """From any tokens to the gated output (T, d_inner)."""
-        x, z = self.in_proj(hidden)
+    def _scan(self, x: Tensor, z: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+        """From the projections x and z (T, d_inner) of any tokens to the gated output."""
         x = self.conv(x, batch, state.conv)
         dt, B, C = self.x_proj(x).split(self.sizes, dim=-1)
         if self.mixer_rms_eps is not None:
@@ -117,9 +117,8 @@ class MambaMixer(nn.Module):
             state.ssm, batch.seq_offsets, batch.slots,
         )  # fmt: skip
 
-    def _step(self, hidden: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
+    def _step(self, x: Tensor, z: Tensor, batch: RaggedBatch, state: MixerState) -> Tensor:
         """The same of one token a sequence."""
-        x, z = self.in_proj(hidden)
         x = kernels.causal_conv_update(x, self.conv.weight, self.conv.bias, state.conv, batch.slots)
         return kernels.projected_state_update(
             x, self.x_proj(x), self.dt_proj.weight, self.A_log, self.D, z, self.dt_proj.bias,

@@ -41,12 +41,11 @@ class _Exchange:
         self.barriers = {(0, degree): threading.Barrier(degree)}
         self.turn = threading.Lock()
         """Held by the rank that runs."""
-        self.failed = False
 
     def swap(self, rank: int, group: str, what: tuple[str, Tensor]) -> list[Tensor]:
         """Every rank's tensor, in the order of ranks."""
         first, size = map(int, group.split()[1:])
-        if self.failed:
+        if any(barrier.broken for barrier in self.barriers.values()):
             raise threading.BrokenBarrierError
         barrier = self.barriers.setdefault((first, size), threading.Barrier(size))
         self.board[rank] = what
@@ -63,7 +62,6 @@ class _Exchange:
 
     def abort(self) -> None:
         """Wake all that wait, since somebody will not come, and let nobody wait any more."""
-        self.failed = True
         for barrier in self.barriers.values():
             barrier.abort()
 

@@ -126,7 +126,7 @@ def test_programs_that_share_a_sum_count_to_zero_again(programs: int) -> None:
 def test_rows_dealt_out_in_blocks(tokens: int, programs: int) -> None:
     x, weight, bias = inputs(tokens, (40, 300), torch.bfloat16)
     config = {**TILES, "BLOCK_T": 16, "PROGRAMS": programs}
-    with tuning.forced(triton_linear._matrix_op(tokens, weight), config):
+    with tuning.forced(triton_linear.matrix_op(tokens, weight), config):
         check(x, weight, bias)
 
 
