@@ -10,7 +10,8 @@ anew; the mean and the largest Kullback-Leibler divergence of a token's distribu
 many tokens of greedy answers agree with the exact model's before the first that does not. Every reduction of
 a branch is quantised, those of decoding too, which `auto` would send as they are: so the answers are worse
 than those of a served model. "split": the residual stream stays split by rows, and what is sent last is the
-normed stream, as for long messages over shared memory. One rank a GPU, or CPU ranks where there are too few.
+normed stream, as for long messages over shared memory. "fed back": with error feedback. One rank a GPU, or
+CPU ranks where there are too few.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,11 +43,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "checkpoints"))
 
 DEMOS = [ROOT / "checkpoints" / f"{name}-tiny-python" for name in ("mamba", "falcon-mamba", "zamba")]
-WIRES = [
-    ("none", 128, False), ("int8", 128, False), ("int8", 32, False), ("fp8", 128, False), ("int4", 32, False),
-    ("int8", 128, True), ("fp8", 128, True), ("int4", 32, True),
-]  # fmt: skip
-"""Codec, group size, and whether the residual stream is split by rows."""
+
+
+class Way(NamedTuple):
+    """How the branches' sums travel."""
+
+    codec: str
+    group_size: int
+    split: bool = False
+    """The residual stream is split by rows."""
+    feedback: bool = False
+
+    def __str__(self) -> str:
+        sizes = self.codec if self.codec == "none" else f"{self.codec}/{self.group_size}"
+        return sizes + ", split" * self.split + ", fed back" * self.feedback
+
+
+EXACT = Way("none", 128)
+QUANTISED = [Way("int8", 128), Way("int8", 32), Way("fp8", 128), Way("int4", 32)]
+SPLIT = [way._replace(split=True) for way in QUANTISED if way != Way("int8", 32)]
+WAYS = [EXACT, *QUANTISED, *(way._replace(feedback=True) for way in QUANTISED), *SPLIT]
 GOALS = {"int8": 0.1, "fp8": 0.5, "int4": 2.0}
 """Largest change of the perplexity, per cent."""
 
@@ -54,16 +70,15 @@ GOALS = {"int8": 0.1, "fp8": 0.5, "int4": 2.0}
 class Measured:
     """One model with one kind of reduction: logits of the windows, and greedy answers."""
 
-    def __init__(
-        self, folder: Path, codec: str, group_size: int, split: bool, options: argparse.Namespace
-    ) -> None:
-        styles.splits_residual = lambda branch, *_: split and len(branch) >= dist.get_world_size()
-        algorithm = "all_reduce" if codec == "none" else "exchange"
+    def __init__(self, folder: Path, way: Way, options: argparse.Namespace) -> None:
+        styles.splits_residual = lambda branch, *_: way.split and len(branch) >= dist.get_world_size()
+        reduction = {"codec": way.codec, "group_size": way.group_size, "feedback": way.feedback}
+        reduction["algorithm"] = "all_reduce" if way.codec == "none" else "exchange"
         prompts = max(1, options.tokens // options.window)
         llm = LLM.from_pretrained(
             folder,
             model={"dtype": options.dtype},
-            reduction={"codec": codec, "group_size": group_size, "algorithm": algorithm},
+            reduction=reduction,
             cache={"max_sequences": prompts, "max_tokens": prompts * (options.window + options.answer)},
             prefill={"chunk_tokens": options.window},
             compile={"mode": "none"},
@@ -155,16 +170,14 @@ def measure(options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for folder in options.checkpoint:
         exact: Measured | None = None
-        for codec, group_size, split in WIRES:
-            if split and not _can_split(folder):
+        for way in WAYS:
+            if way.split and not _can_split(folder):
                 continue
-            measured = Measured(folder, codec, group_size, split, options)
+            measured = Measured(folder, way, options)
             exact = exact or measured
             row = {
                 "checkpoint": options.name or folder.name, "parameters": measured.parameters,
-                "degree": dist.get_world_size(),
-                "codec": codec if codec == "none" else f"{codec}/{group_size}" + ", split" * split,
-                **measured.against(exact),
+                "degree": dist.get_world_size(), "codec": str(way), **measured.against(exact),
             }  # fmt: skip
             rows.append(row)
             if dist.get_rank() == 0:

@@ -68,6 +68,9 @@ class ReductionConfig(Section):
     )
     """How ranks add up: auto goes by the size; process_group too, as if GPUs shared no memory."""
 
+    feedback: bool = False
+    """Error feedback: what the codec drops of a layer's branch goes into the next; over the process group."""
+
     table: Path | None = None
     """What auto goes by: a file that `ssm-dist calibrate` wrote; by default a table that ships."""
 
@@ -75,11 +78,21 @@ class ReductionConfig(Section):
     """How long a rank waits for the others in a reduction before the job ends."""
 
     @model_validator(mode="after")
-    def _does_not_ask_for_a_codec_that_is_ignored(self) -> ReductionConfig:
+    def _goes_together(self) -> ReductionConfig:
         if self.algorithm == "all_reduce" and self.codec != "none":
             raise ValueError(
                 f"reduction.algorithm = 'all_reduce' sends numbers as they are, but reduction.codec is "
                 f"{self.codec!r}; set codec = 'none', or another algorithm"
+            )
+        if self.feedback and self.codec == "none":
+            raise ValueError(
+                "reduction.feedback = true feeds back what a codec drops, but reduction.codec is 'none'; "
+                "set codec, or feedback = false"
+            )
+        if self.feedback and self.algorithm not in ("auto", "process_group", "exchange"):
+            raise ValueError(
+                f"reduction.feedback = true goes over the process group, but reduction.algorithm is "
+                f"{self.algorithm!r}; set algorithm = 'auto', or feedback = false"
             )
         return self
 

@@ -5,7 +5,8 @@ counted as the reference ops hold them; fused kernels hold less. For T tokens (a
 of every sequence when decoding), with b bytes a number in the model's dtype, D channels, H hidden units, N
 states a channel, A = heads * head_dim of attention and M hidden units of the MLP, it is
 
-    stream   T * H * (3 b + 16)      normed input, branch, its reduction; residual, three float32 temporaries
+    stream   T * H * (3 b + 16)      normed input, branch, its reduction; residual, three float32 temporaries;
+             with error feedback, 4 b more: errors of parts and sums, before and after
 
 and the largest of what lives beside it at different times:
 
@@ -65,11 +66,13 @@ def estimate(
     chunk_tokens: int,
     prefix_bytes: int = 0,
     captured: bool = False,
+    feedback: bool = False,
 ) -> MemoryNeed:
     """What a rank needs to run a model; the last four are [cache] and [prefill] settings.
 
     shapes: of the whole model, as `state_shapes()` gives them before it is sharded; placements: of all its
-    parameters, from the resolved plan. captured: steps may be captured in CUDA graphs.
+    parameters, from the resolved plan. captured: steps may be captured in CUDA graphs. feedback:
+    reductions feed errors back.
     """
     degree = placements[0].degree
     mine = replace(
@@ -83,7 +86,7 @@ def estimate(
         weights=_weight_bytes(placements, dtype, config.tied_head),
         states=states.slots + prefix_bytes,
         kv_pages=states.kv_pages,
-        activations=_activation_bytes(config, degree, dtype.itemsize, max_sequences, chunk_tokens)
+        activations=_activation_bytes(config, degree, dtype.itemsize, max_sequences, chunk_tokens, feedback)
         * (2 if captured else 1),
     )
 
@@ -112,12 +115,12 @@ def _weight_bytes(placements: Sequence[ParameterPlacement], dtype: torch.dtype, 
 
 
 def _activation_bytes(
-    config: LanguageModelConfig, degree: int, itemsize: int, sequences: int, chunk_tokens: int
+    config: LanguageModelConfig, degree: int, itemsize: int, sequences: int, chunk_tokens: int, feedback: bool
 ) -> int:
     """The upper bound that the head of this file states."""
     tokens = max(chunk_tokens, sequences)
     channels, hidden = config.d_inner // degree, config.d_model
-    stream = tokens * hidden * (3 * itemsize + 16)
+    stream = tokens * hidden * ((7 if feedback else 3) * itemsize + 16)
     mixer = tokens * channels * (6 * itemsize + 16)
     mixer += 10 * max(TIME_BLOCK, sequences) * channels * config.d_state * 4
     block = 0

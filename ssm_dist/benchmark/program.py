@@ -24,7 +24,7 @@ from ssm_dist.benchmark.floors import Ceilings, ceilings_of, state_bytes
 from ssm_dist.benchmark.timing import time_case
 from ssm_dist.build import device_type
 from ssm_dist.capture import resolve_mode
-from ssm_dist.config import Config
+from ssm_dist.config import Config, ReductionConfig
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.provenance import command, commit
@@ -127,9 +127,14 @@ def named(config: Config) -> dict[str, Any]:
     return {
         "model": asked.preset or Path(asked.checkpoint or "").name,
         "degree": degree,
-        "codec": config.reduction.codec if degree > 1 else "none",
+        "codec": _codec(config.reduction) if degree > 1 else "none",
         "p2p": os.environ.get("NCCL_P2P_DISABLE") != "1",
     }
+
+
+def _codec(section: ReductionConfig) -> str:
+    fed_back = section.feedback and section.codec != "none"
+    return section.codec + (" with feedback" if fed_back else "")
 
 
 def engine_of(llm: LLM) -> dict[str, Any]:

@@ -28,6 +28,7 @@ SERVES: dict[str, dict[str, str]] = {
     "causal_conv_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
     "decode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
+    "encode_rows_with_feedback": {"triton": "triton", "mamba_ssm": "triton"},
     "linear": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "project_heads": {"triton": "triton", "mamba_ssm": "triton"},
@@ -36,6 +37,7 @@ SERVES: dict[str, dict[str, str]] = {
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_state_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
     "sum_rows": {"triton": "triton", "mamba_ssm": "triton"},
+    "sum_rows_with_feedback": {"triton": "triton", "mamba_ssm": "triton"},
 }
 """Op -> backend -> whose implementation serves it. In backend `reference` it is always the definition."""
 

@@ -10,6 +10,11 @@ depend on each other, so any stripe of rows is a message. With x a group and ama
     fp8     scale = amax / 448, payload = e4m3(x / scale)              |error| <= |x| / 16, or scale / 1024
 
 A group that holds NaN or an infinity gets the scale NaN and decodes to NaN everywhere.
+
+With error feedback (as for gradients in Karimireddy et al., arXiv 1901.09847), a message is encoded together
+with what encoding dropped of the one before, so that the sum of many messages lacks what one of them does:
+
+    given = x + error, error' = given - decoded(encoded(given))
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ from ssm_dist.kernels import backend
 
 CodecName = Literal["none", "int8", "fp8", "int4"]
 
-OPS = ("encode_rows", "sum_rows", "decode_rows")
+OPS = ("encode_rows", "sum_rows", "decode_rows", "encode_rows_with_feedback", "sum_rows_with_feedback")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What can be encoded."""
 
@@ -72,6 +77,23 @@ def sum_rows(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_si
     return backend.implementation("sum_rows")(parts, width, dtype, codec, group_size)
 
 
+def encode_rows_with_feedback(
+    x: Tensor, error: Tensor | None, codec: str, group_size: int, total: int
+) -> tuple[Tensor, Tensor]:
+    """`encode_rows` of x + error, and the new error, what that drops: (rows, width), in x's dtype.
+
+    error: what the call before returned, None for zeros. The codec must not be none.
+    """
+    return backend.implementation("encode_rows_with_feedback")(x, error, codec, group_size, total)
+
+
+def sum_rows_with_feedback(
+    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """`sum_rows`, with `error` added to the sum, and the new error: (rows, width) of `dtype`."""
+    return backend.implementation("sum_rows_with_feedback")(parts, error, width, dtype, codec, group_size)
+
+
 @backend.register("encode_rows", "reference")
 def encode_rows_reference(x: Tensor, codec: str, group_size: int, total: int) -> Tensor:
     """The definition of `encode_rows`, with torchao's quantisation primitives."""
@@ -106,18 +128,41 @@ def decode_rows_reference(
 @backend.register("sum_rows", "reference")
 def sum_rows_reference(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
     """The definition of `sum_rows`."""
-
-    def decoded(part: Tensor) -> Tensor:
-        if codec == "none":
-            return decode_rows_reference(part, width, dtype, codec, group_size).float()
-        return decode_rows_reference(part, width, torch.float32, codec, group_size)
-
-    total = decoded(parts[0])
-    for part in parts[1:]:
-        total = total + decoded(part)
+    total = _summed(parts, width, dtype, codec, group_size)
     if codec == "none":
         total = total.to(dtype)
     return encode_rows_reference(total, codec, group_size, len(total))
+
+
+@backend.register("encode_rows_with_feedback", "reference")
+def encode_rows_with_feedback_reference(
+    x: Tensor, error: Tensor | None, codec: str, group_size: int, total: int
+) -> tuple[Tensor, Tensor]:
+    """The definition of `encode_rows_with_feedback`."""
+    assert codec != "none"
+    given = x.float() if error is None else x.float() + error.float()
+    encoded = encode_rows_reference(given, codec, group_size, total)
+    kept = decode_rows_reference(encoded[: len(x)], x.shape[1], torch.float32, codec, group_size)
+    return encoded, (given - kept).to(x.dtype)
+
+
+@backend.register("sum_rows_with_feedback", "reference")
+def sum_rows_with_feedback_reference(
+    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """The definition of `sum_rows_with_feedback`."""
+    total = _summed(parts, width, dtype, codec, group_size)
+    encoded, left = encode_rows_with_feedback_reference(total, error, codec, group_size, len(total))
+    return encoded, left.to(dtype)
+
+
+def _summed(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
+    """The decoded sum of parts (ranks, rows, bytes), in order: (rows, width) float32."""
+    kind = dtype if codec == "none" else torch.float32
+    total = decode_rows_reference(parts[0], width, kind, codec, group_size).float()
+    for part in parts[1:]:
+        total = total + decode_rows_reference(part, width, kind, codec, group_size)
+    return total
 
 
 def _primitives() -> ModuleType:

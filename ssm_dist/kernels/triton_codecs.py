@@ -7,42 +7,75 @@ from torch import Tensor
 
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import row_layout
-from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS, load_decoded, quantised, store_quantised
+from ssm_dist.kernels.triton_codec_tiles import (
+    CHUNK,
+    CODES,
+    ROWS,
+    decoded,
+    load_decoded,
+    quantised,
+    store_quantised,
+)
+
+
+@triton.jit
+def _with_error(value, error, cell, inside, HAS_ERROR: tl.constexpr):
+    """value, plus the error at `cell` if there is one."""
+    if HAS_ERROR:
+        value += tl.load(error + cell, mask=inside, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _keep_error(left, given, payload, scale, cell, inside, CODEC: tl.constexpr, FEEDBACK: tl.constexpr):
+    """Store what the payload of `given` lacks, for FEEDBACK."""
+    if FEEDBACK:
+        dropped = given - decoded(payload, scale, CODEC)
+        tl.store(left + cell, dropped.to(left.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _encode_kernel(
-    x, encoded, rows, width, halves, x_row, row_bytes, scales_at,
-    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    x, error, encoded, left, rows, width, halves, x_row, row_bytes, scales_at,
+    CODEC: tl.constexpr, GROUP: tl.constexpr, HAS_ERROR: tl.constexpr, FEEDBACK: tl.constexpr,
+    ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile."""
+    """One program: one tile. error, left: (rows, width), before and after."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * CHUNK
     column = first + tl.arange(0, CHUNK)
     inside = (row < rows)[:, None] & (column < width)[None, :]
+    cell = row[:, None] * width + column[None, :]
     value = tl.load(x + row[:, None] * x_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = _with_error(value, error, cell, inside, HAS_ERROR)
     at = encoded + row * row_bytes
     payload, scale = quantised(value, CODEC, GROUP, x.dtype.element_ty)
     store_quantised(at, row < rows, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
+    _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK)
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _sum_kernel(
-    parts, total, rows, width, halves, row_bytes, scales_at,
-    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-    DTYPE: tl.constexpr,
+    parts, error, total, left, rows, width, halves, row_bytes, scales_at,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, HAS_ERROR: tl.constexpr,
+    FEEDBACK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """One program: one tile of the sum, from RANKS tiles."""
+    """One program: one tile of the sum, from RANKS tiles. error, left: (rows, width), before and after."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * CHUNK
+    column = first + tl.arange(0, CHUNK)
     exists, at = row < rows, parts + row * row_bytes
+    inside = exists[:, None] & (column < width)[None, :]
+    cell = row[:, None] * width + column[None, :]
     value = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
     for rank in tl.static_range(1, RANKS):
         part = parts + (row + rank * rows) * row_bytes
         value += load_decoded(part, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
+    value = _with_error(value, error, cell, inside, HAS_ERROR)
     payload, scale = quantised(value, CODEC, GROUP, DTYPE)
     to = total + row * row_bytes
     store_quantised(to, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
+    _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -74,30 +107,70 @@ def tiles(rows: int, width: int) -> tuple[int, int]:
 @backend.register("encode_rows", "triton")
 def encode_rows(x: Tensor, codec: str, group_size: int, total: int) -> Tensor:
     """`ssm_dist.kernels.codecs.encode_rows`."""
+    return _encode(x, None, None, codec, group_size, total)
+
+
+@backend.register("encode_rows_with_feedback", "triton")
+def encode_rows_with_feedback(
+    x: Tensor, error: Tensor | None, codec: str, group_size: int, total: int
+) -> tuple[Tensor, Tensor]:
+    """`ssm_dist.kernels.codecs.encode_rows_with_feedback`; error must be contiguous."""
+    left = x.new_empty(x.shape)
+    return _encode(x, error, left, codec, group_size, total), left
+
+
+def _encode(
+    x: Tensor, error: Tensor | None, left: Tensor | None, codec: str, group_size: int, total: int
+) -> Tensor:
+    """The encoded rows of x, with feedback where `left` is there to fill."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape
     layout = row_layout(width, x.dtype, codec, group_size)
     encoded = torch.empty(total, layout.bytes, dtype=torch.uint8, device=x.device)
     with torch.cuda.device_of(x):
         _encode_kernel[tiles(rows, width)](
-            x, encoded, rows, width, (width + 1) // 2, x.stride(0), layout.bytes, layout.scales,
-            CODEC=CODES[codec], GROUP=group_size, ROWS=ROWS, CHUNK=CHUNK, num_warps=4, enable_fp_fusion=False,
+            x, error, encoded, left, rows, width, (width + 1) // 2, x.stride(0), layout.bytes, layout.scales,
+            CODEC=CODES[codec], GROUP=group_size, **_feedback(error, left),
+            ROWS=ROWS, CHUNK=CHUNK, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return encoded
+
+
+def _feedback(error: Tensor | None, left: Tensor | None) -> dict[str, bool]:
+    """The constants of a kernel that adds an error and leaves one."""
+    assert all(t is None or t.is_contiguous() for t in (error, left))
+    return {"HAS_ERROR": error is not None, "FEEDBACK": left is not None}
 
 
 @backend.register("sum_rows", "triton")
 def sum_rows(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
     """`ssm_dist.kernels.codecs.sum_rows`; parts must be contiguous."""
+    return _sum(parts, None, None, width, dtype, codec, group_size)
+
+
+@backend.register("sum_rows_with_feedback", "triton")
+def sum_rows_with_feedback(
+    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int
+) -> tuple[Tensor, Tensor]:
+    """`ssm_dist.kernels.codecs.sum_rows_with_feedback`; parts and error must be contiguous."""
+    left = torch.empty(parts.shape[1], width, dtype=dtype, device=parts.device)
+    return _sum(parts, error, left, width, dtype, codec, group_size), left
+
+
+def _sum(
+    parts: Tensor, error: Tensor | None, left: Tensor | None, width: int, dtype: torch.dtype, codec: str,
+    group_size: int,
+) -> Tensor:  # fmt: skip
+    """The encoded sum of parts, with feedback where `left` is there to fill."""
     assert parts.is_contiguous()
     layout = row_layout(width, dtype, codec, group_size)
     total = torch.empty_like(parts[0])
     ranks, rows, _ = parts.shape
     with torch.cuda.device_of(parts):
         _sum_kernel[tiles(rows, width)](
-            parts, total, rows, width, (width + 1) // 2, layout.bytes, layout.scales,
-            RANKS=ranks, CODEC=CODES[codec], GROUP=group_size, ROWS=ROWS, CHUNK=CHUNK,
-            DTYPE=triton_type(dtype), num_warps=4, enable_fp_fusion=False,
+            parts, error, total, left, rows, width, (width + 1) // 2, layout.bytes, layout.scales,
+            RANKS=ranks, CODEC=CODES[codec], GROUP=group_size, **_feedback(error, left),
+            ROWS=ROWS, CHUNK=CHUNK, DTYPE=triton_type(dtype), num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return total
 

@@ -20,6 +20,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
 )
+from ssm_dist.parallel.feedback import SumWithFeedback, feeds_back
 from ssm_dist.parallel.interleaving import begin_left_sum, beside
 from ssm_dist.parallel.mesh import TensorParallel
 
@@ -173,6 +174,11 @@ class ReduceAddNorm(Style):
         def reduced(
             branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
         ) -> tuple[Tensor, Tensor]:
+            if residual is not None and feeds_back(branch, residual, group, wire):
+                fed = SumWithFeedback(branch, residual, group, degree, wire)
+                normed, stream = add_rms_norm(fed.total, residual, weight, eps)
+                fed.added_to(stream)
+                return normed, stream
             if self.may_split and residual is not None and splits_residual(branch, group, *how):
                 return tp_all_reduce_add_rms_norm_split(branch, residual, weight, eps, group, degree, *how)
             if sums_in_place(branch, group, *how):
@@ -187,13 +193,21 @@ class ReduceAdd(Style):
     """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it."""
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        group, wire = tp.group, tp.reductions.branch
+        group, degree, wire = tp.group, tp.degree, tp.reductions.branch
         how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
             if branch is None:
                 return residual
-            return beside(lambda: residual + tp_all_reduce_spent(branch, group, *how), group)
+            return beside(lambda: added(branch, residual), group)
+
+        def added(branch: Tensor, residual: Tensor) -> Tensor:
+            if feeds_back(branch, residual, group, wire):
+                fed = SumWithFeedback(branch, residual, group, degree, wire)
+                stream = residual + fed.total
+                fed.added_to(stream)
+                return stream
+            return residual + tp_all_reduce_spent(branch, group, *how)
 
         module.forward = forward
 

@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ssm_dist.kernels.codecs import decode_rows, encode_rows, row_layout, sum_rows
+from ssm_dist.kernels.codecs import (
+    decode_rows,
+    encode_rows,
+    encode_rows_with_feedback,
+    row_layout,
+    sum_rows,
+    sum_rows_with_feedback,
+)
 from tests.kernels.codec_bounds import CODECS, QUANTISED, error_bound
 
 pytestmark = pytest.mark.usefixtures("reference_backend")
@@ -86,6 +93,48 @@ def test_a_sum_is_taken_in_float32_in_order_and_encoded_again(codec: str, group_
         total = total + decode_rows(part, 99, torch.float32, codec, group_size)
     expected = encode_rows(total, codec, group_size, 4)
     assert torch.equal(sum_rows(parts, 99, torch.float32, codec, group_size), expected)
+
+
+@each_dtype
+@each_quantised
+def test_with_feedback_the_error_is_encoded_too_and_what_that_drops_is_kept(
+    codec: str, group_size: int, dtype: torch.dtype
+) -> None:
+    x, error = torch.randn(4, 77).to(dtype), (0.1 * torch.randn(4, 77)).to(dtype)
+    for before in (error, None):
+        given = x.float() + (0 if before is None else before.float())
+        encoded, left = encode_rows_with_feedback(x, before, codec, group_size, 6)
+        assert left.dtype == dtype
+        assert torch.equal(encoded[:4], encode_rows(given, codec, group_size, 4))
+        dropped = given - decode_rows(encoded[:4], 77, torch.float32, codec, group_size)
+        assert torch.equal(left, dropped.to(dtype))
+
+
+@each_quantised
+def test_a_sum_with_feedback_is_that_of_its_parts_and_the_error(codec: str, group_size: int) -> None:
+    x, error = torch.randn(3, 4, 99), 0.1 * torch.randn(4, 99)
+    parts = torch.stack([encode_rows(part, codec, group_size, 4) for part in x])
+    total = sum(decode_rows(part, 99, torch.float32, codec, group_size) for part in parts)
+    expected = encode_rows_with_feedback(total, error, codec, group_size, 4)
+    encoded, left = sum_rows_with_feedback(parts, error, 99, torch.float32, codec, group_size)
+    assert torch.equal(encoded, expected[0])
+    assert torch.equal(left, expected[1])
+
+
+@each_quantised
+def test_many_messages_with_feedback_lack_what_one_does(codec: str, group_size: int) -> None:
+    """Without it, what they lack grows with their number."""
+    messages, layout = torch.randn(60, 2, 300), (300, torch.float32, codec, group_size)
+    sent, error = torch.zeros(2, 300, dtype=torch.float64), None
+    for x in messages:
+        given = x if error is None else x + error
+        encoded, error = encode_rows_with_feedback(x, error, codec, group_size, 2)
+        sent += decode_rows(encoded, *layout)
+    lacking = (messages.double().sum(0) - sent).abs()
+    rounding = 60 * 2.0**-24 * (given.abs().max() + 1)
+    assert (lacking <= error_bound(given, codec, group_size) + rounding).all()
+    plain = sum(there_and_back(x, codec, group_size).double() for x in messages)
+    assert lacking.square().mean() < 0.1 * (messages.double().sum(0) - plain).square().mean()
 
 
 @pytest.mark.parametrize(

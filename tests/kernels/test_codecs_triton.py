@@ -8,8 +8,15 @@ import torch
 from torch import Tensor
 
 from ssm_dist.kernels import backend
-from ssm_dist.kernels.codecs import decode_rows, encode_rows, row_layout, sum_rows
-from tests.kernels.codec_bounds import CODECS
+from ssm_dist.kernels.codecs import (
+    decode_rows,
+    encode_rows,
+    encode_rows_with_feedback,
+    row_layout,
+    sum_rows,
+    sum_rows_with_feedback,
+)
+from tests.kernels.codec_bounds import CODECS, QUANTISED
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -58,6 +65,27 @@ def test_decoding_and_sums_give_the_definitions_bits(
     with backend.using("reference"):
         assert torch.equal(x, decode_rows(parts[1], *layout))
         assert torch.equal(written(total, *layout), written(sum_rows(parts, *layout), *layout))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@each_shape
+@pytest.mark.parametrize(("codec", "group_size"), QUANTISED, ids=str)
+def test_feedback_gives_the_definitions_bits(
+    codec: str, group_size: int, rows: int, width: int, dtype: torch.dtype
+) -> None:
+    layout = (width, dtype, codec, group_size)
+    x = torch.randn(2, rows, width).to(dtype)
+    error = (0.1 * torch.randn(rows, width)).to(dtype)
+    parts = torch.stack([encode_rows(part, codec, group_size, rows) for part in x])
+    for before in (error, None):
+        found = encode_rows_with_feedback(x[0], before, codec, group_size, rows)
+        summed = sum_rows_with_feedback(parts, before, *layout)
+        with backend.using("reference"):
+            expected = encode_rows_with_feedback(x[0], before, codec, group_size, rows)
+            total = sum_rows_with_feedback(parts, before, *layout)
+        for (encoded, left), (its, other) in ((found, expected), (summed, total)):
+            assert torch.equal(written(encoded, *layout), written(its, *layout))
+            assert torch.equal(left, other)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

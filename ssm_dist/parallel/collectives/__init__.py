@@ -17,12 +17,14 @@ from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device,
 from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max
 from ssm_dist.parallel.collectives.groups import carrier, register_group
 from ssm_dist.parallel.collectives.ops import (
+    quantises,
     splits_residual,
     sums_in_place,
     tp_all_reduce,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
+    tp_all_reduce_with_feedback,
 )
 from ssm_dist.parallel.collectives.selection import EXACT, Reductions, Wire
 
@@ -33,6 +35,7 @@ __all__ = [
     "Wire",
     "broadcast_bytes",
     "carrier",
+    "quantises",
     "register_group",
     "splits_residual",
     "sums_in_place",
@@ -42,6 +45,7 @@ __all__ = [
     "tp_all_reduce_add_rms_norm",
     "tp_all_reduce_add_rms_norm_split",
     "tp_all_reduce_spent",
+    "tp_all_reduce_with_feedback",
     "wait_for_device",
     "wait_for_event",
 ]

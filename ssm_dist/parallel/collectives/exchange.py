@@ -15,7 +15,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ssm_dist.kernels import add_rms_norm
-from ssm_dist.kernels.codecs import decode_rows, encode_rows, sum_rows
+from ssm_dist.kernels.codecs import (
+    decode_rows,
+    encode_rows,
+    encode_rows_with_feedback,
+    sum_rows,
+    sum_rows_with_feedback,
+)
 from ssm_dist.parallel.collectives.failures import Call, wait
 from ssm_dist.parallel.collectives.gather import all_gather
 
@@ -35,6 +41,22 @@ def exchange(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
     rows, width = x.shape
     mine = sum_rows(_parts(x, call, codec, group_size), width, x.dtype, codec, group_size)
     return decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
+
+
+def exchange_with_feedback(
+    x: Tensor, errors: tuple[Tensor | None, Tensor | None], call: Call, codec: str, group_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`exchange`, with error feedback on both trips: the sum, then the errors of this rank's part and sum.
+
+    errors: what the call before returned, or None. See `ssm_dist.kernels.codecs`.
+    """
+    rows, width = x.shape
+    ranks = call.group.size
+    sent, of_part = encode_rows_with_feedback(x, errors[0], codec, group_size, ranks * -(-rows // ranks))
+    parts = _to_owners(sent, call)
+    mine, of_sum = sum_rows_with_feedback(parts, errors[1], width, x.dtype, codec, group_size)
+    total = decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
+    return total, of_part, of_sum
 
 
 def exchange_add_rms_norm(
@@ -60,9 +82,13 @@ def exchange_add_rms_norm(
 def _parts(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
     """What every rank sends of this rank's stripe: (ranks, stripe, bytes)."""
     ranks = call.group.size
-    stripe = -(-x.shape[0] // ranks)
-    sent = encode_rows(x, codec, group_size, ranks * stripe)
-    return _moved(dist.all_to_all_single, torch.empty_like(sent), sent, call).unflatten(0, (ranks, stripe))
+    return _to_owners(encode_rows(x, codec, group_size, ranks * -(-x.shape[0] // ranks)), call)
+
+
+def _to_owners(sent: Tensor, call: Call) -> Tensor:
+    """Encoded rows, a stripe for every rank -> what every rank sends of this rank's stripe."""
+    received = _moved(dist.all_to_all_single, torch.empty_like(sent), sent, call)
+    return received.unflatten(0, (call.group.size, -1))
 
 
 def _gathered(mine: Tensor, call: Call) -> Tensor:

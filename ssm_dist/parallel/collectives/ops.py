@@ -7,7 +7,12 @@ from torch import Tensor
 
 from ssm_dist.kernels import add_rms_norm
 from ssm_dist.kernels.operators import operator
-from ssm_dist.parallel.collectives.exchange import all_reduce, exchange, exchange_add_rms_norm
+from ssm_dist.parallel.collectives.exchange import (
+    all_reduce,
+    exchange,
+    exchange_add_rms_norm,
+    exchange_with_feedback,
+)
 from ssm_dist.parallel.collectives.failures import Call
 from ssm_dist.parallel.collectives.groups import Group, group_named, is_registered
 from ssm_dist.parallel.collectives.selection import choose
@@ -100,6 +105,37 @@ def tp_all_reduce_add_rms_norm_split(
         )
     call = Call.of(ranks, "all-reduce with norm", partial)
     return exchange_add_rms_norm(partial, residual, weight, eps, call, codec, group_size)
+
+
+def _like_sum_and_errors(
+    x: Tensor, part_error: Tensor | None, sum_error: Tensor | None, group: str, degree: int, codec: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((-(-len(x) // degree), x.shape[1]))
+
+
+@operator("tp_all_reduce_with_feedback", fake=_like_sum_and_errors)
+def tp_all_reduce_with_feedback(
+    x: Tensor, part_error: Tensor | None, sum_error: Tensor | None, group: str, degree: int, codec: str,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sum of every rank's x (T, H) over the `degree` ranks, with error feedback, by `exchange`.
+
+    part_error (T, H), sum_error (ceil(T / degree), H): what the call before returned after its sum, None the
+    first time. The sums of calls in a row add up to the exact ones but for the last call's errors.
+    """
+    ranks = group_named(group)
+    assert ranks.size == degree > 1
+    ranks.next_call()
+    call = Call.of(ranks, "all-reduce with feedback", x)
+    return exchange_with_feedback(x, (part_error, sum_error), call, codec, group_size)
+
+
+def quantises(x: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
+    """Whether a sum of x (T, H) goes by `exchange` with its codec, now that x has that size."""
+    if codec == "none" or not is_registered(group) or group_named(group).size == 1 or x.numel() == 0:
+        return False
+    return choose(group_named(group), x, codec, group_size, algorithm) == "exchange"
 
 
 def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:

@@ -32,6 +32,8 @@ class Wire:
     codec: CodecName = "none"
     group_size: int = 128
     algorithm: Algorithm = "auto"
+    feedback: bool = False
+    """Whether what the codec drops is added to the next sum of the same stream; see `parallel.feedback`."""
 
 
 @dataclass(frozen=True)
