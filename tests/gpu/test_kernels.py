@@ -14,6 +14,13 @@ from torch.testing import assert_close
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend
+from ssm_dist.kernels.codecs import (
+    decode_rows,
+    encode_rows,
+    encode_rows_with_feedback,
+    sum_rows_with_feedback,
+)
+from tests.kernels.codec_bounds import QUANTISED
 from tests.kernels.inputs import attention_inputs, conv_inputs, offsets_of, scan_inputs
 
 pytestmark = [
@@ -288,3 +295,30 @@ def test_mamba_ssm_agrees(op: str, channels: int) -> None:
     with backend.using("mamba_ssm", "cuda"):
         assert backend.implementation(op) is not backend.implementation("causal_conv")
         check(op, make(op, [1] * 12, channels, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize(("rows", "width"), [(64, 2560), (5, 37)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("codec", "group_size"), QUANTISED, ids=str)
+def test_error_feedback_has_the_bits_of_its_definition(
+    codec: str, group_size: int, dtype: torch.dtype, rows: int, width: int
+) -> None:
+    layout = (width, dtype, codec, group_size)
+    x = (torch.randn(3, rows, width, device="cuda") * 10.0 ** torch.linspace(-4, 3, width).cuda()).to(dtype)
+    x[1] = (127 * torch.rand(rows, width, device="cuda")).round() / 2  # ties
+    error = (0.1 * x[2]).to(dtype)
+
+    def results() -> list[Tensor]:
+        parts = torch.stack([encode_rows(part, codec, group_size, rows) for part in x])
+        found = []
+        for before in (error, None):
+            encoded, left = encode_rows_with_feedback(x[1], before, codec, group_size, rows)
+            total, of_sum = sum_rows_with_feedback(parts, before, *layout)
+            found += [decode_rows(encoded, *layout), left, decode_rows(total, *layout), of_sum]
+        return found
+
+    ours = results()
+    with backend.using("reference", "cuda"):
+        theirs = results()
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
