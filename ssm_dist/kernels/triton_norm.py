@@ -13,10 +13,12 @@ from ssm_dist.kernels.operators import operator
 @triton.jit
 def _add_rms_norm_kernel(
     branch, residual, weight, y, total, branch_row, residual_row, width, eps,
-    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. The sum is stored only where there was something to add or to widen."""
-    start_next(PDL)
+    if EARLY:
+        start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < width

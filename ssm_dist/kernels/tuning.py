@@ -73,10 +73,15 @@ TABLE: dict[str, dict[int, Rows]] = {
         ],
         80: [(8, {"BLOCK_D": 16, "num_warps": 2}), (ANY, {})],
     },
-    # size: rows
+    # size: rows. EARLY: the next kernel starts at once and not at the end. Steps of several rows are up to
+    # 8 % faster when a linear layer's programs do not wait among those of the one before the norm
     "add_rms_norm": {
-        90: [(264, {"num_warps": 8}), (ANY, {"num_warps": 4})],
-        80: [(216, {"num_warps": 8}), (ANY, {"num_warps": 4})],
+        90: [
+            (1, {"num_warps": 8, "EARLY": 1}),
+            (264, {"num_warps": 8, "EARLY": 0}),
+            (ANY, {"num_warps": 4, "EARLY": 0}),
+        ],
+        80: [(216, {"num_warps": 8, "EARLY": 0}), (ANY, {"num_warps": 4, "EARLY": 0})],
     },
     # size: bytes of an element (what a tile of 64 queries of 512 takes in shared memory follows from it)
     "paged_attention": {
