@@ -171,7 +171,7 @@ def measure(options: argparse.Namespace) -> None:
     for folder in options.checkpoint:
         exact: Measured | None = None
         for way in WAYS:
-            if way.split and not _can_split(folder):
+            if str(way) not in options.ways or (way.split and not _can_split(folder)):
                 continue
             measured = Measured(folder, way, options)
             exact = exact or measured
@@ -240,6 +240,8 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--answers", type=int, default=8)
     parser.add_argument("--answer", type=int, default=128, help="tokens of an answer")
+    names = [str(way) for way in WAYS]
+    parser.add_argument("--ways", nargs="+", choices=names, default=names, help="the first is needed; all")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()

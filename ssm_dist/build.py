@@ -142,15 +142,12 @@ def reductions_of(section: ReductionConfig) -> Reductions:
     def wire(codec: CodecName) -> Wire:
         return Wire(codec, section.group_size or (32 if codec == "int4" else 128), section.algorithm)
 
-    branch = wire(section.codec)
-    if section.feedback and branch.codec != "none":
-        by_group = "process_group" if branch.algorithm == "auto" else branch.algorithm
-        branch = replace(branch, feedback=True, algorithm=by_group)
     return Reductions(
-        branch,
+        wire(section.codec),
         wire(section.x_proj_codec),
         wire(section.embedding_codec),
         section.timeout_seconds,
+        section.feedback and section.codec != "none",  # a benchmark may also take the codec out
     )
 
 
@@ -190,7 +187,7 @@ def _check_memory(
         chunk_tokens=config.prefill.chunk_tokens,
         prefix_bytes=config.cache.prefix_device_bytes,
         captured=ranks.device.type == "cuda" and config.compile.mode != "none",
-        feedback=config.reduction.feedback,
+        feedback=config.reduction.feedback and config.parallel.tensor > 1,
     )
 
     def least(free: int) -> int:

@@ -244,3 +244,12 @@ class Config(Section):
 
     output: OutputConfig = OutputConfig()
     """Where results go, besides the terminal."""
+
+    @model_validator(mode="after")
+    def _feeds_back_in_eager_steps(self) -> Config:
+        if self.reduction.feedback and self.compile.mode == "compile":
+            raise ValueError(
+                "reduction.feedback = true is not for compiled steps; set compile.mode = 'capture', or "
+                "feedback = false"
+            )
+        return self

@@ -79,7 +79,7 @@ def _without_alternatives(section: str, below: dict[str, Any], given: dict[str, 
 def _explain(
     schema: type[Config], mistake: ErrorDetails, path: Path | None, flags: dict[str, Any], given_by: str
 ) -> str:
-    section, key = (str(part) for part in (*mistake["loc"], "")[:2])
+    section, key = (str(part) for part in (*mistake["loc"], "", "")[:2])
     name = f"{section}.{key}" if key else section
     given = flags.get(section, {}).keys()
     beside_file = key in given if key else bool(given & set(ALTERNATIVES.get(section, ())))

@@ -6,7 +6,7 @@ of every sequence when decoding), with b bytes a number in the model's dtype, D 
 states a channel, A = heads * head_dim of attention and M hidden units of the MLP, it is
 
     stream   T * H * (3 b + 16)      normed input, branch, its reduction; residual, three float32 temporaries;
-             with error feedback, 4 b more: errors of parts and sums, before and after
+             with error feedback, 4 b more: errors of parts and of sums, before and after
 
 and the largest of what lives beside it at different times:
 
@@ -68,7 +68,7 @@ def estimate(
     captured: bool = False,
     feedback: bool = False,
 ) -> MemoryNeed:
-    """What a rank needs to run a model; the last four are [cache] and [prefill] settings.
+    """What a rank needs to run a model, with [cache] and [prefill] settings of these names.
 
     shapes: of the whole model, as `state_shapes()` gives them before it is sharded; placements: of all its
     parameters, from the resolved plan. captured: steps may be captured in CUDA graphs. feedback:

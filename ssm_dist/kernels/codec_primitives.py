@@ -27,8 +27,10 @@ from torchao.quantization.quant_primitives import (  # noqa: E402
 
 logging.disable(_disabled)
 
-LARGEST = {"int8": 127, "int4": 7, "fp8": 448}
-"""The payload of a group's largest magnitude."""
+LARGEST = {"int8": 127, "int4": 8, "fp8": 448}
+"""The payload of a group's largest magnitude; of int4 with a minus."""
+RANGE = {"int8": (-127, 127), "int4": (-8, 7)}
+"""Of payloads."""
 
 
 def quantize(x: Tensor, codec: str) -> tuple[Tensor, Tensor]:
@@ -43,8 +45,7 @@ def quantize(x: Tensor, codec: str) -> tuple[Tensor, Tensor]:
     if codec == "fp8":
         payload = _quantize_affine_float8(x, usable[..., None], torch.float8_e4m3fn)
     else:
-        top = LARGEST[codec]
-        payload = quantize_affine(x, blocks, usable, zero_points, torch.int8, -top, top)
+        payload = quantize_affine(x, blocks, usable, zero_points, torch.int8, *RANGE[codec])
     return payload, scales.masked_fill(broken, torch.nan)
 
 
@@ -52,8 +53,8 @@ def dequantize(payload: Tensor, scales: Tensor, codec: str) -> Tensor:
     """The inverse of `quantize`: payload (rows, groups, size) bytes, scales (rows, groups) -> float32."""
     if codec == "fp8":
         return _dequantize_affine_float8(payload.view(torch.float8_e4m3fn), scales[..., None])
-    top, blocks = LARGEST[codec], [1, 1, payload.shape[2]]
-    return dequantize_affine(payload.view(torch.int8), blocks, scales, None, torch.int8, -top, top)
+    blocks = [1, 1, payload.shape[2]]
+    return dequantize_affine(payload.view(torch.int8), blocks, scales, None, torch.int8, *RANGE[codec])
 
 
 def _scales(x: Tensor, codec: str, blocks: list[int]) -> tuple[Tensor, Tensor | None]:
@@ -62,6 +63,11 @@ def _scales(x: Tensor, codec: str, blocks: list[int]) -> tuple[Tensor, Tensor | 
     if codec == "fp8":
         scales = _choose_scale_float8(x, blocks, hp_value_lb=top * SMALLEST_SCALE)
         return scales[..., 0], None
+    if codec == "int4":
+        lowest, highest = x.aminmax(dim=2)
+        scales = torch.where(highest > -lowest, highest, lowest) / -top
+        too_small = scales.abs() < SMALLEST_SCALE
+        return scales.masked_fill(too_small, SMALLEST_SCALE), torch.zeros_like(scales, dtype=torch.int32)
     return choose_qparams_affine(
         x, MappingType.SYMMETRIC, blocks, torch.int8, -top, top, SMALLEST_SCALE, torch.float32, torch.int32
     )

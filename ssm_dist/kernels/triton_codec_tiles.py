@@ -66,6 +66,14 @@ def _runs(x):
 
 
 @triton.jit
+def _of_groups(of_runs, GROUP: tl.constexpr):
+    """The largest of the runs of each group, for each of its runs: (ROWS, N / RUN)."""
+    groups = tl.reshape(of_runs, (of_runs.shape[0], of_runs.shape[1] * RUN // GROUP, GROUP // RUN))
+    groups = tl.broadcast_to(tl.max(groups, 2, keep_dims=True), groups.shape)
+    return tl.reshape(groups, of_runs.shape)
+
+
+@triton.jit
 def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
     """x (ROWS, CHUNK) float32 -> payload of that shape, int32, and scales (ROWS, CHUNK / RUN).
 
@@ -76,10 +84,7 @@ def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
         payload, scale = x.to(DTYPE), x
     else:
         runs = _runs(x)
-        largest = tl.max(runs.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2)
-        groups = tl.reshape(largest, (x.shape[0], x.shape[1] // GROUP, GROUP // RUN))
-        groups = tl.broadcast_to(tl.max(groups, 2, keep_dims=True), groups.shape)
-        largest = tl.reshape(groups, largest.shape)
+        largest = _of_groups(tl.max(runs.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 2), GROUP)
         finite = largest < FIRST_INFINITE
         amax = tl.where(finite, largest, 0).to(tl.float32, bitcast=True)
         runs = tl.where(finite[:, :, None], runs, 0.0)
@@ -89,11 +94,17 @@ def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
             limited = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
             coded = e4m3_code(limited)
         else:
-            TOP: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
-            step = tl.maximum(over(amax, TOP), SMALLEST_SCALE)
+            LOWEST: tl.constexpr = -127.0 if CODEC == INT8 else -8.0
+            HIGHEST: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
+            if CODEC == INT8:
+                step = tl.maximum(over(amax, HIGHEST), SMALLEST_SCALE)
+            else:
+                below = _of_groups(tl.max(-runs, 2), GROUP) == amax
+                step = tl.where(below, amax, -amax) * 0.125
+                step = tl.where(amax * 0.125 < SMALLEST_SCALE, SMALLEST_SCALE, step)
             scaled = runs * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, :, None]
             rounded = (scaled + ROUNDER) - ROUNDER
-            coded = tl.minimum(tl.maximum(rounded, -TOP), TOP).to(tl.int32)
+            coded = tl.minimum(tl.maximum(rounded, LOWEST), HIGHEST).to(tl.int32)
         payload, scale = tl.reshape(coded, x.shape), tl.where(finite, step, float("nan"))
     return payload, scale
 

@@ -27,10 +27,13 @@ def _with_error(value, error, cell, inside, HAS_ERROR: tl.constexpr):
 
 
 @triton.jit
-def _keep_error(left, given, payload, scale, cell, inside, CODEC: tl.constexpr, FEEDBACK: tl.constexpr):
-    """Store what the payload of `given` lacks, for FEEDBACK."""
+def _keep_error(
+    left, given, payload, scale, cell, inside, CODEC: tl.constexpr, FEEDBACK: tl.constexpr,
+    DECODED: tl.constexpr,
+):  # fmt: skip
+    """Store what the payload of `given` lacks once it is decoded in that dtype, for FEEDBACK."""
     if FEEDBACK:
-        dropped = given - decoded(payload, scale, CODEC)
+        dropped = given - decoded(payload, scale, CODEC).to(DECODED).to(tl.float32)
         tl.store(left + cell, dropped.to(left.dtype.element_ty), mask=inside)
 
 
@@ -51,7 +54,7 @@ def _encode_kernel(
     at = encoded + row * row_bytes
     payload, scale = quantised(value, CODEC, GROUP, x.dtype.element_ty)
     store_quantised(at, row < rows, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
-    _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK)
+    _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK, tl.float32)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -75,7 +78,7 @@ def _sum_kernel(
     payload, scale = quantised(value, CODEC, GROUP, DTYPE)
     to = total + row * row_bytes
     store_quantised(to, exists, payload, scale, first, width, halves, scales_at, CODEC, GROUP)
-    _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK)
+    _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK, DTYPE)
 
 
 @triton.jit(do_not_specialize=["rows"])

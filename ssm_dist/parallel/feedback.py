@@ -3,41 +3,41 @@
 Without it, every layer's rounding stays in the stream, and they add up. With it, the stream lacks what the
 last reduction dropped, and no more: after layers 1 ... l it is the exact sum of their branches but for the
 errors of layer l. Each rank keeps what encoding its parts dropped, and the owner of some rows what encoding
-their sums did, in the branch's dtype. So the errors belong to a stream: they travel with the tensor that
-holds it, and a norm of the stream and something else, as in Zamba's hybrid layers, leaves them alone.
+and rounding their sums did, in the branch's dtype. So the errors belong to a stream: they travel with the
+tensor that holds it, and a norm of the stream and something else, as in Zamba's hybrid layers, leaves them.
 
-A norm without a stream has nothing to feed back to; compiled steps and sums that are too short for a codec go
-without.
+Sums that are too short for the codec go without, and a norm without a stream has nothing to feed back to.
 """
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ssm_dist.parallel.collectives import Wire, quantises, tp_all_reduce_with_feedback
+from ssm_dist.parallel.collectives import Reductions, goes_encoded, tp_all_reduce_with_feedback
 
 _errors = WeakTensorKeyDictionary()
 """Residual stream -> errors of the last reduction that was added to it."""
 
 
-def feeds_back(branch: Tensor, stream: Tensor | None, group: str, wire: Wire) -> bool:
-    """Whether the sum of a branch (T, H) that is added to `stream` is one with feedback."""
-    if not wire.feedback or stream is None or torch.compiler.is_compiling():
-        return False
-    return quantises(branch, group, wire.codec, wire.group_size, wire.algorithm)
+def feeds_back(branch: Tensor, group: str, reductions: Reductions) -> bool:
+    """Whether the sum of a branch (T, H) is one with error feedback."""
+    wire = reductions.branch
+    return reductions.feedback and goes_encoded(branch, group, wire.codec, wire.group_size, wire.algorithm)
 
 
-class SumWithFeedback:
-    """The sum of every rank's branch (T, H), and the errors that it leaves to the stream it is added to."""
+def sum_with_feedback(
+    branch: Tensor, stream: Tensor, group: str, reductions: Reductions
+) -> tuple[Tensor, Callable[[Tensor], None]]:
+    """The sum of every rank's branch (T, H), and what to call with the stream once it is added to that."""
+    wire = reductions.branch
+    total, errors = tp_all_reduce_with_feedback(
+        branch, _errors.get(stream), group, wire.codec, wire.group_size
+    )
 
-    def __init__(self, branch: Tensor, stream: Tensor, group: str, degree: int, wire: Wire) -> None:
-        part_error, sum_error = _errors.get(stream, (None, None))
-        self.total, *self._left = tp_all_reduce_with_feedback(
-            branch, part_error, sum_error, group, degree, wire.codec, wire.group_size
-        )
+    def added(new_stream: Tensor) -> None:
+        _errors[new_stream] = errors
 
-    def added_to(self, stream: Tensor) -> None:
-        """`stream` is the new stream, this sum in it."""
-        _errors[stream] = tuple(self._left)
+    return total, added

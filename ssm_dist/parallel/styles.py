@@ -20,7 +20,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
 )
-from ssm_dist.parallel.feedback import SumWithFeedback, feeds_back
+from ssm_dist.parallel.feedback import feeds_back, sum_with_feedback
 from ssm_dist.parallel.interleaving import begin_left_sum, beside
 from ssm_dist.parallel.mesh import TensorParallel
 
@@ -174,10 +174,10 @@ class ReduceAddNorm(Style):
         def reduced(
             branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
         ) -> tuple[Tensor, Tensor]:
-            if residual is not None and feeds_back(branch, residual, group, wire):
-                fed = SumWithFeedback(branch, residual, group, degree, wire)
-                normed, stream = add_rms_norm(fed.total, residual, weight, eps)
-                fed.added_to(stream)
+            if residual is not None and feeds_back(branch, group, tp.reductions):
+                total, added = sum_with_feedback(branch, residual, group, tp.reductions)
+                normed, stream = add_rms_norm(total, residual, weight, eps)
+                added(stream)
                 return normed, stream
             if self.may_split and residual is not None and splits_residual(branch, group, *how):
                 return tp_all_reduce_add_rms_norm_split(branch, residual, weight, eps, group, degree, *how)
@@ -193,21 +193,21 @@ class ReduceAdd(Style):
     """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it."""
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        group, degree, wire = tp.group, tp.degree, tp.reductions.branch
+        group, wire = tp.group, tp.reductions.branch
         how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
             if branch is None:
                 return residual
-            return beside(lambda: added(branch, residual), group)
+            return beside(lambda: with_sum(branch, residual), group)
 
-        def added(branch: Tensor, residual: Tensor) -> Tensor:
-            if feeds_back(branch, residual, group, wire):
-                fed = SumWithFeedback(branch, residual, group, degree, wire)
-                stream = residual + fed.total
-                fed.added_to(stream)
-                return stream
-            return residual + tp_all_reduce_spent(branch, group, *how)
+        def with_sum(branch: Tensor, residual: Tensor) -> Tensor:
+            if not feeds_back(branch, group, tp.reductions):
+                return residual + tp_all_reduce_spent(branch, group, *how)
+            total, added = sum_with_feedback(branch, residual, group, tp.reductions)
+            stream = residual + total
+            added(stream)
+            return stream
 
         module.forward = forward
 

@@ -30,12 +30,12 @@ class Answers:
     """Sums of in_turns that began in the thread of the half whose sum they are not."""
 
 
-def answers(folders: dict[str, Path]) -> dict[str, Answers]:
+def answers(folders: dict[str, Path], reduction: dict[str, Any]) -> dict[str, Answers]:
     """Of every model."""
-    return {name: _answers(folder) for name, folder in folders.items()}
+    return {name: _answers(folder, reduction) for name, folder in folders.items()}
 
 
-def _answers(folder: Path) -> Answers:
+def _answers(folder: Path, reduction: dict[str, Any]) -> Answers:
     pairs = 0
 
     def one_by_one(first: Any, second: Any) -> Any:
@@ -43,8 +43,8 @@ def _answers(folder: Path) -> Answers:
         pairs += 1
         return first(), second()
 
-    whole = _generated(_load(folder, 0))
-    llm = _load(folder, 6)
+    whole = _generated(_load(folder, 0, reduction))
+    llm = _load(folder, 6, reduction)
     owners, beside = dict[int, int](), 0
     begin = interleaving._Pair.begin_left
     leave = interleaving._Sum.__init__
@@ -67,9 +67,9 @@ def _answers(folder: Path) -> Answers:
     return Answers(whole, in_turns, _generated(llm), pairs, beside)
 
 
-def _load(folder: Path, overlap_tokens: int) -> LLM:
+def _load(folder: Path, overlap_tokens: int, reduction: dict[str, Any]) -> LLM:
     return LLM.from_pretrained(
-        folder, cache={"max_sequences": 4, "max_tokens": 512},
+        folder, reduction=reduction, cache={"max_sequences": 4, "max_tokens": 512},
         prefill={"chunk_tokens": 18, "overlap_tokens": overlap_tokens},
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ def test_halves_in_turns_give_the_bits_of_one_after_the_other(degree: int, tmp_p
     """
     names = ["mamba", "falcon_mamba", "zamba"] if degree == 2 else ["mamba"]
     folders = {name: save_checkpoint(name, tmp_path / name) for name in names}
-    for found in run_on_ranks(degree, answers, folders):
+    for found in run_on_ranks(degree, answers, folders, {}):
         for name in names:
             assert found[name].in_turns == found[name].after_each_other and found[name].pairs > 3
             assert found[name].beside >= 2 * found[name].pairs  # at least a layer's sum of either half
@@ -31,6 +31,15 @@ def test_halves_in_turns_give_the_bits_of_one_after_the_other(degree: int, tmp_p
                 found[name].in_turns, found[name].whole, strict=True
             ):
                 assert tokens == other and logprobs == pytest.approx(others, abs=1e-5)
+
+
+def test_halves_in_turns_with_error_feedback_give_the_same_bits(tmp_path: Path) -> None:
+    folders = {name: save_checkpoint(name, tmp_path / name) for name in ("mamba", "zamba")}
+    feedback = {"codec": "int4", "algorithm": "exchange", "feedback": True}
+    for found in run_on_ranks(2, answers, folders, feedback):
+        for name in folders:
+            assert found[name].in_turns == found[name].after_each_other and found[name].pairs > 3
+            assert found[name].beside >= 2 * found[name].pairs
 
 
 def chunk(length: int, start: int = 0) -> Chunk:

@@ -7,7 +7,7 @@ from torch import Tensor
 QUANTISED = [("int8", 32), ("int8", 128), ("fp8", 32), ("fp8", 128), ("int4", 32)]
 CODECS = [("none", 128), *QUANTISED]
 
-TOP = {"int8": 127.0, "int4": 7.0, "fp8": 448.0}
+TOP = {"int8": 127.0, "int4": 8.0, "fp8": 448.0}
 FLOAT32_ROUNDING = 1 + 2.0**-20
 """Of the scale, its reciprocal and two products."""
 
@@ -23,12 +23,17 @@ def scales(x: Tensor, codec: str, group_size: int) -> Tensor:
 def error_bound(x: Tensor, codec: str, group_size: int) -> Tensor:
     """The largest error of each number of x (rows, width) after encoding and decoding.
 
-    Half a step: of a uniform grid, or of e4m3 with its 3 bits, whose subnormals are 2 ** -9 apart.
+    Half a step: of a uniform grid, or of e4m3 with its 3 bits, whose subnormals are 2 ** -9 apart. int4 ends
+    at 7 steps on the side of the smaller numbers.
     """
     if codec == "none":
         return x.new_zeros(x.shape, dtype=torch.float64)
     scale = scales(x, codec, group_size)
-    half = torch.maximum(x.double().abs() / 16, scale / 1024) if codec == "fp8" else scale / 2
+    half = scale / 2
+    if codec == "fp8":
+        half = torch.maximum(x.double().abs() / 16, scale / 1024)
+    elif codec == "int4":
+        half = torch.maximum(half, x.double().abs() - 7 * scale)
     return half * FLOAT32_ROUNDING + 2.0**-20 * x.double().abs() + 1e-38
 
 

@@ -110,15 +110,19 @@ def test_with_feedback_the_error_is_encoded_too_and_what_that_drops_is_kept(
         assert torch.equal(left, dropped.to(dtype))
 
 
+@each_dtype
 @each_quantised
-def test_a_sum_with_feedback_is_that_of_its_parts_and_the_error(codec: str, group_size: int) -> None:
-    x, error = torch.randn(3, 4, 99), 0.1 * torch.randn(4, 99)
-    parts = torch.stack([encode_rows(part, codec, group_size, 4) for part in x])
-    total = sum(decode_rows(part, 99, torch.float32, codec, group_size) for part in parts)
-    expected = encode_rows_with_feedback(total, error, codec, group_size, 4)
-    encoded, left = sum_rows_with_feedback(parts, error, 99, torch.float32, codec, group_size)
-    assert torch.equal(encoded, expected[0])
-    assert torch.equal(left, expected[1])
+def test_a_sum_with_feedback_accounts_for_its_rounding(
+    codec: str, group_size: int, dtype: torch.dtype
+) -> None:
+    layout, error = (99, dtype, codec, group_size), (0.1 * torch.randn(4, 99)).to(dtype)
+    parts = torch.stack([encode_rows(torch.randn(4, 99), codec, group_size, 4) for _ in range(3)])
+    for before in (error, None):
+        given = sum(decode_rows(part, 99, torch.float32, codec, group_size) for part in parts)
+        given = given if before is None else given + before.float()
+        encoded, left = sum_rows_with_feedback(parts, before, *layout)
+        assert torch.equal(encoded, encode_rows(given, codec, group_size, 4))
+        assert torch.equal(left, (given - decode_rows(encoded, *layout).float()).to(dtype))
 
 
 @each_quantised
@@ -153,10 +157,16 @@ def test_bytes_of_a_bfloat16_row(codec: str, width: int, group_size: int, size: 
 
 
 def test_four_bits_are_packed_first_low_with_their_sign() -> None:
-    x = torch.tensor([[7.0, -7.0, 1.0, -1.0, -3.0]])
+    x = torch.tensor([[7.0, -8.0, 1.0, -1.0, -3.0]])
     encoded = encode_rows(x, "int4", 32, 1)
-    assert encoded[0, :3].tolist() == [0x97, 0xF1, 0x0D]
+    assert encoded[0, :3].tolist() == [0x87, 0xF1, 0x0D]
     assert torch.equal(decode_rows(encoded, 5, torch.float32, "int4", 32), x)
+
+
+def test_of_four_bits_the_peak_comes_back_on_either_side() -> None:
+    x = torch.tensor([[4.0, 3.6, -3.5, 0.1], [-4.0, -3.6, 3.5, 0.1], [4.0, -4.0, 3.9, -3.5]])
+    expected = torch.tensor([[4.0, 3.5, -3.5, 0.0], [-4.0, -3.5, 3.5, 0.0], [3.5, -4.0, 3.5, -3.5]])
+    assert torch.equal(there_and_back(x, "int4", 32), expected)
 
 
 def test_ties_go_to_even() -> None:

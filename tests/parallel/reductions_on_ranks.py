@@ -26,7 +26,6 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
-    tp_all_reduce_with_feedback,
 )
 
 DEVICE = "cpu"
@@ -141,37 +140,6 @@ def split_residual(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return second, again, stripe[: len(own)], own
 
 
-def stream_of_many_sums(case: Case, layers: int, feedback: bool) -> tuple[Tensor, ...]:
-    """A residual stream after many seams, some without a norm, some beside the stream; the exact one.
-
-    With feedback, this rank's errors of the last sum, too.
-    """
-    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
-    from ssm_dist.parallel import feedback as module
-    from ssm_dist.parallel.collectives import Reductions
-    from ssm_dist.parallel.styles import ReduceAdd, ReduceAddNorm
-
-    wire = Wire(case.codec, case.group_size, "exchange", feedback)
-    tp = TensorParallel.over_all_ranks(DEVICE, Reductions(branch=wire))
-    norm, add = AddRMSNorm(case.width, 1e-5), ResidualAdd()
-    torch.nn.init.ones_(norm.weight)
-    ReduceAddNorm(may_split=True).install(norm, tp)
-    ReduceAdd().install(add, tp)
-    generator = torch.Generator().manual_seed(5)
-    parts = torch.randn(layers, tp.degree, case.rows, case.width, generator=generator)
-    stream = torch.randn(case.rows, case.width, generator=generator)
-    exact = stream.double()
-    with torch.no_grad():
-        for layer, branches in enumerate(parts):
-            exact = exact + branches.double().sum(0)
-            if layer % 3 == 1:
-                stream = add(branches[tp.rank], stream)
-                norm(branches[tp.rank] * 7, stream)  # of the stream and something else
-            else:
-                stream = norm(branches[tp.rank], stream)[1]
-    return stream, exact, *module._errors.get(stream, ())
-
-
 def check_ops() -> None:
     """torch's own check of the schemas, the fake implementations and functionalisation."""
     tp = all_ranks()
@@ -185,11 +153,6 @@ def check_ops() -> None:
         torch.library.opcheck(tp_all_reduce_add_rms_norm, without, test_utils=checks)
         split = (x, *args[:4], tp.degree, codec, 32)
         torch.library.opcheck(tp_all_reduce_add_rms_norm_split, split, test_utils=checks)
-        if codec != "none":
-            first = (x, None, None, tp.group, tp.degree, codec, 32)
-            torch.library.opcheck(tp_all_reduce_with_feedback, first, test_utils=checks)
-            second = (x, *tp_all_reduce_with_feedback(*first)[1:], *first[3:])
-            torch.library.opcheck(tp_all_reduce_with_feedback, second, test_utils=checks)
 
 
 def compiled_and_eager(codec: str) -> tuple[Tensor, Tensor]:
@@ -286,15 +249,13 @@ def until_one_dies(rank: int, size: int, absent: int, folder: Path) -> None:
     os._exit(0)
 
 
-def logits_of(
-    folder: Path, codec: str, group_size: int, algorithm: str = "auto", feedback: bool = False
-) -> Tensor:
+def logits_of(folder: Path, codec: str, group_size: int, algorithm: str = "auto") -> Tensor:
     """Log-probabilities that a checkpoint gives a fixed text, with one kind of reduction."""
     from ssm_dist.llm import LLM
 
-    reduction = {"codec": codec, "group_size": group_size, "algorithm": algorithm, "feedback": feedback}
+    reduction = {"codec": codec, "group_size": group_size, "algorithm": algorithm}
     llm = LLM.from_pretrained(folder, reduction=reduction, prefill={"chunk_tokens": 16})
     assert llm.loaded.tp is not None
-    assert llm.loaded.tp.reductions.branch == Wire(codec, group_size, algorithm, feedback)
+    assert llm.loaded.tp.reductions.branch == Wire(codec, group_size, algorithm)
     text = [(7 * i * i + 3 * i) % 90 for i in range(50)]
     return torch.tensor(llm.score([text])[0].log_probs)

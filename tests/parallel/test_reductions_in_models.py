@@ -43,20 +43,6 @@ def test_a_quantised_model_stays_near_the_exact_one(name: str, degree: int, fold
         assert 0 < change < near, (codec, group_size, change)
 
 
-@pytest.mark.parametrize("degree", [2, 4])
-@pytest.mark.parametrize("name", ["mamba", "falcon-mamba", "zamba"])
-def test_feedback_brings_a_trained_model_nearer_to_the_exact_one(name: str, degree: int) -> None:
-    def scores(*how: object) -> torch.Tensor:
-        found = run_on_ranks(degree, logits_of, ROOT / "checkpoints" / f"{name}-tiny-python", *how)
-        assert all(torch.equal(other, found[0]) for other in found)
-        return found[0]
-
-    exact = scores("none", 128)
-    plain = (scores("int4", 32, "exchange") - exact).square().mean()
-    fed_back = (scores("int4", 32, "exchange", True) - exact).square().mean()
-    assert 0 < fed_back < 0.6 * plain
-
-
 def test_the_program_runs_quantised_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
@@ -82,11 +68,6 @@ def test_the_program_runs_quantised_and_says_so(folders: dict[str, Path], tmp_pa
         ({"codec": "int4"}, Wire("int4", 32)),
         ({"codec": "int4", "group_size": 128}, Wire("int4", 128)),
         ({"codec": "fp8", "group_size": 32, "algorithm": "exchange"}, Wire("fp8", 32, "exchange")),
-        ({"codec": "int4", "feedback": True}, Wire("int4", 32, "process_group", True)),
-        (
-            {"codec": "int8", "algorithm": "exchange", "feedback": True},
-            Wire("int8", 128, "exchange", True),
-        ),
     ],
 )
 def test_a_codec_is_for_the_branches_alone(options: dict[str, object], branch: Wire) -> None:
@@ -107,18 +88,3 @@ def test_a_codec_that_the_algorithm_would_ignore_is_a_mistake() -> None:
     words = ["--model.preset", "a", "--reduction.codec", "int8", "--reduction.algorithm", "all_reduce"]
     with pytest.raises(UserError, match=r"reduction\.codec is 'int8'; set codec = 'none'"):
         load_config(None, words)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], r"feedback = true feeds back what a codec drops, but reduction\.codec is 'none'"),
-        (
-            ["--reduction.codec", "int4", "--reduction.algorithm", "bulk"],
-            r"goes over the process group, but reduction\.algorithm is 'bulk'; set algorithm = 'auto'",
-        ),
-    ],
-)
-def test_feedback_that_nothing_could_feed_is_a_mistake(words: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        load_config(None, ["--model.preset", "a", "--reduction.feedback", "true", *words])

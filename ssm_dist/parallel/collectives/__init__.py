@@ -17,7 +17,7 @@ from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device,
 from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max
 from ssm_dist.parallel.collectives.groups import carrier, register_group
 from ssm_dist.parallel.collectives.ops import (
-    quantises,
+    goes_encoded,
     splits_residual,
     sums_in_place,
     tp_all_reduce,
@@ -35,7 +35,7 @@ __all__ = [
     "Wire",
     "broadcast_bytes",
     "carrier",
-    "quantises",
+    "goes_encoded",
     "register_group",
     "splits_residual",
     "sums_in_place",

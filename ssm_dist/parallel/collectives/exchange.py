@@ -17,6 +17,7 @@ from torch import Tensor
 from ssm_dist.kernels import add_rms_norm
 from ssm_dist.kernels.codecs import (
     decode_rows,
+    decoded_sum,
     encode_rows,
     encode_rows_with_feedback,
     sum_rows,
@@ -51,8 +52,7 @@ def exchange_with_feedback(
     errors: what the call before returned, or None. See `ssm_dist.kernels.codecs`.
     """
     rows, width = x.shape
-    ranks = call.group.size
-    sent, of_part = encode_rows_with_feedback(x, errors[0], codec, group_size, ranks * -(-rows // ranks))
+    sent, of_part = encode_rows_with_feedback(x, errors[0], codec, group_size, _in_stripes(rows, call))
     parts = _to_owners(sent, call)
     mine, of_sum = sum_rows_with_feedback(parts, errors[1], width, x.dtype, codec, group_size)
     total = decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
@@ -64,11 +64,7 @@ def exchange_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `triton_bulk.bulk_sum_add_rms_norm`: owners add their rows of the residual, and send the norm."""
     rows, width = x.shape
-    parts = _parts(x, call, codec, group_size)
-    wide = x.dtype if codec == "none" else torch.float32
-    total = decode_rows(parts[0], width, wide, codec, group_size).float()
-    for part in parts[1:]:
-        total = total + decode_rows(part, width, wide, codec, group_size)
+    total = decoded_sum(_parts(x, call, codec, group_size), width, x.dtype, codec, group_size)
     stripe, own = len(total), None
     if residual is not None:
         first = call.group.rank * stripe if len(residual) == rows else 0
@@ -81,8 +77,12 @@ def exchange_add_rms_norm(
 
 def _parts(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
     """What every rank sends of this rank's stripe: (ranks, stripe, bytes)."""
-    ranks = call.group.size
-    return _to_owners(encode_rows(x, codec, group_size, ranks * -(-x.shape[0] // ranks)), call)
+    return _to_owners(encode_rows(x, codec, group_size, _in_stripes(x.shape[0], call)), call)
+
+
+def _in_stripes(rows: int, call: Call) -> int:
+    """Rows of all stripes, which are as long as each other."""
+    return call.group.size * -(-rows // call.group.size)
 
 
 def _to_owners(sent: Tensor, call: Call) -> Tensor:

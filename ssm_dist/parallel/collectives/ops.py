@@ -107,35 +107,31 @@ def tp_all_reduce_add_rms_norm_split(
     return exchange_add_rms_norm(partial, residual, weight, eps, call, codec, group_size)
 
 
-def _like_sum_and_errors(
-    x: Tensor, part_error: Tensor | None, sum_error: Tensor | None, group: str, degree: int, codec: str,
-    group_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return x.new_empty(x.shape), x.new_empty(x.shape), x.new_empty((-(-len(x) // degree), x.shape[1]))
+Errors = tuple[Tensor, Tensor]
+"""What a sum with error feedback leaves to the next: of this rank's part (T, H), and of the sums of the rows
+that it owns (ceil(T / ranks), H), of which those past T are undefined."""
 
 
-@operator("tp_all_reduce_with_feedback", fake=_like_sum_and_errors)
 def tp_all_reduce_with_feedback(
-    x: Tensor, part_error: Tensor | None, sum_error: Tensor | None, group: str, degree: int, codec: str,
-    group_size: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The sum of every rank's x (T, H) over the `degree` ranks, with error feedback, by `exchange`.
+    x: Tensor, errors: Errors | None, group: str, codec: str, group_size: int
+) -> tuple[Tensor, Errors]:
+    """The sum of every rank's x (T, H), by `exchange` with error feedback, the same bits on all ranks.
 
-    part_error (T, H), sum_error (ceil(T / degree), H): what the call before returned after its sum, None the
-    first time. The sums of calls in a row add up to the exact ones but for the last call's errors.
+    errors: what the call before returned after its sum, None the first time; so the sums of calls in a row
+    add up to the exact ones but for the last call's errors. The codec must not be none.
     """
     ranks = group_named(group)
-    assert ranks.size == degree > 1
     ranks.next_call()
     call = Call.of(ranks, "all-reduce with feedback", x)
-    return exchange_with_feedback(x, (part_error, sum_error), call, codec, group_size)
+    total, *left = exchange_with_feedback(x, errors or (None, None), call, codec, group_size)
+    return total, (left[0], left[1])
 
 
-def quantises(x: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
-    """Whether a sum of x (T, H) goes by `exchange` with its codec, now that x has that size."""
+def goes_encoded(x: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
+    """Whether a sum of x (T, H) is long enough for its codec."""
     if codec == "none" or not is_registered(group) or group_named(group).size == 1 or x.numel() == 0:
         return False
-    return choose(group_named(group), x, codec, group_size, algorithm) == "exchange"
+    return choose(group_named(group), x, codec, group_size, algorithm) in ("exchange", "bulk")
 
 
 def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:

@@ -32,8 +32,6 @@ class Wire:
     codec: CodecName = "none"
     group_size: int = 128
     algorithm: Algorithm = "auto"
-    feedback: bool = False
-    """Whether what the codec drops is added to the next sum of the same stream; see `parallel.feedback`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +45,14 @@ class Reductions:
     embedding: Wire = Wire()
     """Exact without any rounding, since one rank has the row."""
     timeout_seconds: float = TIMEOUT_SECONDS
+    feedback: bool = False
+    """Whether what a branch's codec drops goes into the next branch; see `parallel.feedback`."""
+
+    def __post_init__(self) -> None:
+        if self.feedback and self.branch.codec == "none":
+            raise ValueError("a branch without a codec leaves nothing to feed back")
+        if self.feedback and self.branch.algorithm not in ("auto", "process_group", "exchange"):
+            raise ValueError(f"error feedback goes over the process group, not by {self.branch.algorithm}")
 
 
 EXACT = Reductions()

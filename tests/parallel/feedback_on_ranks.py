@@ -1,0 +1,60 @@
+"""What the tests of error feedback run on ranks; without slow imports."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ssm_dist.parallel import TensorParallel, feedback
+from ssm_dist.parallel.collectives import Reductions, tp_all_reduce_with_feedback
+from tests.parallel.reductions_on_ranks import Case
+
+TEXT = [[(a * i * i + 3 * i) % 90 for i in range(60)] for a in (5, 7, 11, 13, 17, 19)]
+
+
+def stream_of_many_sums(case: Case, layers: int, fed_back: bool) -> tuple[Tensor, ...]:
+    """A residual stream after many seams, some without a norm, some beside the stream; the exact one.
+
+    With feedback, this rank's errors of the last sum, too.
+    """
+    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+    from ssm_dist.parallel.collectives import Wire
+    from ssm_dist.parallel.styles import ReduceAdd, ReduceAddNorm
+
+    wire = Wire(case.codec, case.group_size, "exchange")
+    tp = TensorParallel.over_all_ranks("cpu", Reductions(branch=wire, feedback=fed_back))
+    norm, add = AddRMSNorm(case.width, 1e-5).to(case.dtype), ResidualAdd()
+    torch.nn.init.ones_(norm.weight)
+    ReduceAddNorm(may_split=True).install(norm, tp)
+    ReduceAdd().install(add, tp)
+    generator = torch.Generator().manual_seed(5)
+    parts = torch.randn(layers, tp.degree, case.rows, case.width, generator=generator).to(case.dtype)
+    stream = torch.randn(case.rows, case.width, generator=generator)
+    exact = stream.double()
+    with torch.no_grad():
+        for layer, branches in enumerate(parts):
+            exact = exact + branches.double().sum(0)
+            if layer % 3 == 1:
+                stream = add(branches[tp.rank], stream)
+                norm(branches[tp.rank] * 7, stream)  # of the stream and something else
+            else:
+                stream = norm(branches[tp.rank], stream)[1]
+    return stream, exact, *feedback._errors.get(stream, ())
+
+
+def bytes_of_errors(rows: int, width: int, dtype: torch.dtype) -> int:
+    """What a sum with feedback leaves on this rank."""
+    tp = TensorParallel.over_all_ranks("cpu")
+    x = torch.ones(rows, width, dtype=dtype)
+    return sum(error.nbytes for error in tp_all_reduce_with_feedback(x, None, tp.group, "int4", 32)[1])
+
+
+def scores(folder: Path, reduction: dict[str, object]) -> tuple[Tensor, str, int]:
+    """Log-probabilities of some texts, how the model says it adds up, and errors that are held at the end."""
+    from ssm_dist.llm import LLM
+
+    llm = LLM.from_pretrained(folder, reduction=reduction, cache={"max_sequences": len(TEXT)})
+    found = [score.log_probs for score in llm.score(TEXT)]
+    return torch.tensor(found), llm.reduction, len(feedback._errors)
