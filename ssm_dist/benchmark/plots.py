@@ -152,9 +152,9 @@ def _roofline(title: str, rows: list[Row], roof: dict[str, float] | None) -> Fig
     for index, (name, points) in enumerate(clouds.items()):
         axes.plot(*zip(*points, strict=True), label=name, linestyle="", **_style(index))
     if roof is not None:
-        lowest, *_, highest = sorted(x for points in clouds.values() for x, _ in points)
+        intensities = [x for points in clouds.values() for x, _ in points]
         ridge, top = roof["flops"] / roof["bytes"], roof["flops"] / 1e12
-        ends = [lowest / 2, ridge, max(2 * highest, 4 * ridge)]
+        ends = [min(intensities) / 2, ridge, max(2 * max(intensities), 4 * ridge)]
         axes.plot(ends, [ends[0] * roof["bytes"] / 1e12, top, top], color="black", label="copy, bf16 product")
     axes.set(xscale="log", yscale="log", title=title)
     axes.set(xlabel="operations a byte of weights, states, keys and values", ylabel="TFLOP/s a GPU")

@@ -77,6 +77,13 @@ def test_runs_of_two_degrees_and_a_peer_join_into_one_page_with_plots(tmp_path, 
         assert drawn.startswith(PNG) and len(drawn) > 10_000
 
 
+def test_a_single_case_has_its_roofline(tmp_path):
+    case = row(decode_flop_a_byte=2.0, decode_tflop_per_second_a_rank=3.0)
+    about = {"ceilings": {"bytes": 4e12, "flops": 8e14, "special": 4e12}}
+    text = page([document(case, environment=about)], tmp_path)
+    assert "(mamba-2.8b_roofline.png)" in text and (tmp_path / "mamba-2.8b_roofline.png").exists()
+
+
 def test_without_matplotlib_the_page_says_once_that_plots_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(page_module.importlib.util, "find_spec", lambda name: None)
     text = page([document(row(), row(model="zamba-7b"))], tmp_path)

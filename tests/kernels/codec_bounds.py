@@ -20,11 +20,12 @@ def scales(x: Tensor, codec: str, group_size: int) -> Tensor:
     return (amax / TOP[codec]).clamp(min=torch.finfo(torch.float32).tiny)
 
 
-def error_bound(x: Tensor, codec: str, group_size: int) -> Tensor:
+def error_bound(x: Tensor, codec: str, group_size: int, least: Tensor | None = None) -> Tensor:
     """The largest error of each number of x (rows, width) after encoding and decoding.
 
     Half a step: of a uniform grid, or of e4m3 with its 3 bits, whose subnormals are 2 ** -9 apart. int4 ends
-    at 7 steps on the side of the smaller numbers.
+    at 7 steps on the side of the smaller numbers. least: where only bounds of the numbers are known, the
+    lower ones of their magnitudes, x being the upper ones.
     """
     if codec == "none":
         return x.new_zeros(x.shape, dtype=torch.float64)
@@ -33,7 +34,8 @@ def error_bound(x: Tensor, codec: str, group_size: int) -> Tensor:
     if codec == "fp8":
         half = torch.maximum(x.double().abs() / 16, scale / 1024)
     elif codec == "int4":
-        half = torch.maximum(half, x.double().abs() - 7 * scale)
+        step = scale if least is None else scales(least, codec, group_size)
+        half = torch.maximum(half, x.double().abs() - 7 * step)
     return half * FLOAT32_ROUNDING + 2.0**-20 * x.double().abs() + 1e-38
 
 
@@ -42,6 +44,6 @@ def reduction_bound(parts: Tensor, codec: str, group_size: int, dtype: torch.dty
     sent = torch.stack([error_bound(part, codec, group_size) for part in parts]).sum(0)
     sent = sent + len(parts) * 2.0**-23 * parts.double().abs().sum(0)
     total = parts.double().sum(0)
-    again = error_bound(total.abs() + sent, codec, group_size)
+    again = error_bound(total.abs() + sent, codec, group_size, (total.abs() - sent).clamp(min=0))
     rounding = torch.finfo(dtype).eps / 2 * (total.abs() + sent + again) + torch.finfo(dtype).tiny
     return sent + again + rounding
