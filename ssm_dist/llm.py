@@ -21,22 +21,14 @@ from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes, carrier
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import prefix_limits
-from ssm_dist.requests import (
-    Prompt,
-    Request,
-    appended,
-    as_list,
-    from_bytes,
-    or_error,
-    parse_line,
-    prepare,
-    to_bytes,
-)
+from ssm_dist.preparation import Preparer
+from ssm_dist.requests import Prompt, Request, appended, as_list
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.saved_states import SavedState, load_state, save_state
 from ssm_dist.score import Score, score_tokens
 from ssm_dist.session import Session
-from ssm_dist.state_cache import StateCache, slot_bytes
+from ssm_dist.state_cache import StateCache
+from ssm_dist.state_sizes import slot_bytes
 from ssm_dist.step_plans import follow
 from ssm_dist.text import Tokenizer
 
@@ -67,6 +59,7 @@ class LLM:
             snapshots=asked.prefix_device_bytes // slot,
         )
         self.prefixes = PrefixCache(self.cache, prefix_limits(config))
+        self._preparer = Preparer(loaded, self.cache)
         self._session: Session | None = None
         self.engine = start_engine(loaded, self.cache, config)
 
@@ -120,7 +113,7 @@ class LLM:
         """
         if after is not None:
             prompts = list[Prompt](appended(after.token_ids, p, self.tokenizer) for p in as_list(prompts))
-        requests = self._strict(prompts, params)
+        requests = self._preparer.runnable(prompts, params)
         collector = Collector(requests, with_text=self.tokenizer is not None)
         for event in self.run(requests):
             collector.add(event)
@@ -133,7 +126,7 @@ class LLM:
 
         Raises as `generate`.
         """
-        yield from self.run(self._strict(prompts, params))
+        yield from self.run(self._preparer.runnable(prompts, params))
 
     def session(self) -> Session:
         """Take requests while others run: `session.submit(prompt, params)`; close it, or use it in a `with`.
@@ -145,7 +138,7 @@ class LLM:
         hosts = None if tp is None else tp.host_group()
         self._session = Session(
             self._new_run(),
-            self._prepare,
+            self._preparer.one,
             broadcast=lambda data: hosts and broadcast_bytes(data, hosts, torch.device("cpu")),
             enter_thread=lambda: torch.cuda.set_device(device) if device.type == "cuda" else None,
             with_text=self.tokenizer is not None,
@@ -169,7 +162,7 @@ class LLM:
 
     def score(self, texts: Sequence[Prompt]) -> list[Score]:
         """Log-probabilities and perplexity of texts, or of token ids. Raises `UserError` as `generate`."""
-        requests = self._strict(list(texts), SamplingParams(max_new_tokens=1))
+        requests = self._preparer.runnable(list(texts), SamplingParams(max_new_tokens=1))
         chunk, vocab_size = self.config.prefill.chunk_tokens, self.loaded.config.vocab_size
         return [
             score_tokens(self.engine, self.loaded.tp, request.token_ids, vocab_size, chunk)
@@ -182,7 +175,7 @@ class LLM:
         A conversation is saved by its token ids: completion.prompt_token_ids + completion.token_ids.
         Raises `UserError` when the file cannot be written, or as `generate`.
         """
-        (request,) = self._strict([prompt], SamplingParams(max_new_tokens=1))
+        (request,) = self._preparer.runnable([prompt], SamplingParams(max_new_tokens=1))
         return save_state(
             self.loaded, self.engine, self.prefixes, request.token_ids, Path(file),
             self.config.prefill.chunk_tokens,
@@ -218,20 +211,11 @@ class LLM:
 
     def prepare_lines(self, lines: list[str], base: SamplingParams) -> list[Request]:
         """Requests of a prompts file's lines; one that cannot run carries its `error`."""
-
-        def one(index: int, line: str) -> Request:
-            return self._prepare(*parse_line(line, base), index)
-
-        return self._from_rank_0(lambda: [or_error(one, index, line) for index, line in enumerate(lines)])
+        return self._preparer.lines(lines, base)
 
     def prepare(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
         """Requests of prompts; one that cannot run carries its `error`."""
-
-        def one(index: int, item: tuple[Prompt, SamplingParams]) -> Request:
-            return self._prepare(*item, index)
-
-        pairs = zip(prompts, params, strict=True)
-        return self._from_rank_0(lambda: [or_error(one, index, item) for index, item in enumerate(pairs)])
+        return self._preparer.every(prompts, params)
 
     def run(
         self, requests: list[Request], on_prompt: Callable[[int, int], None] = lambda index, tokens: None
@@ -252,36 +236,3 @@ class LLM:
             self.loaded.eos_ids,
             self.config.prefill.chunk_tokens,
         )
-
-    def _strict(
-        self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None
-    ) -> list[Request]:
-        listed = as_list(prompts)
-        each = params if isinstance(params, list) else [params or SamplingParams()] * len(listed)
-        if len(each) != len(listed):
-            raise UserError(
-                f"{len(listed)} prompts with {len(each)} sampling params; give one, or one a prompt"
-            )
-        requests = self.prepare(listed, each)
-        for request in requests:
-            if request.error is not None:
-                raise UserError(f"prompt {request.index}: {request.error}")
-        return requests
-
-    def _prepare(self, prompt: Prompt, params: SamplingParams, index: int) -> Request:
-        request = prepare(prompt, params, index, self.tokenizer, self.loaded.config.vocab_size)
-        most = len(request.token_ids) + params.max_new_tokens - 1
-        if self.cache.paged and most > self.cache.max_tokens:
-            raise UserError(
-                f"a prompt of {len(request.token_ids)} tokens with max_new_tokens = {params.max_new_tokens} "
-                f"may need {most} tokens of keys and values; [cache] max_tokens is {self.cache.max_tokens}"
-            )
-        return request
-
-    def _from_rank_0(self, make: Any) -> list[Request]:
-        """What `make` returns on rank 0, on every rank."""
-        tp = self.loaded.tp
-        if tp is None:
-            return make()
-        mine = to_bytes(make()) if tp.rank == 0 else b""
-        return from_bytes(broadcast_bytes(mine, tp.group, self.loaded.device))

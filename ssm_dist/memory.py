@@ -34,7 +34,7 @@ from ssm_dist.models.batch import StateShapes
 from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.models.zamba import ZambaConfig
 from ssm_dist.parallel import ParameterPlacement
-from ssm_dist.state_cache import state_need
+from ssm_dist.state_sizes import state_need
 
 _CGROUP = Path("/sys/fs/cgroup")
 

@@ -19,7 +19,8 @@ from ssm_dist.errors import UserError
 from ssm_dist.prefix_index import PrefixIndex
 from ssm_dist.prefix_limits import PrefixCounters, PrefixLimits
 from ssm_dist.snapshots import Snapshot, Tier
-from ssm_dist.state_cache import PAGE_TOKENS, HostState, StateCache, pages_of
+from ssm_dist.state_cache import HostState, StateCache
+from ssm_dist.state_sizes import PAGE_TOKENS, pages_of
 
 
 class PrefixCache:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -18,8 +17,6 @@ from ssm_dist.text import Tokenizer
 
 Prompt = str | list[int] | dict[str, Any]
 """A text, token ids, or {"messages": [{"role": ..., "content": ...}, ...]} for the chat template."""
-
-Item = TypeVar("Item")
 
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
@@ -106,14 +103,6 @@ def as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
     if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
         return [prompts]
     return list(prompts)  # type: ignore[arg-type]
-
-
-def or_error(make: Callable[[int, Item], Request], index: int, item: Item) -> Request:
-    """make(index, item), or a request that carries the reason why it cannot run."""
-    try:
-        return make(index, item)
-    except UserError as error:
-        return Request(index, None, [], SamplingParams(), error=str(error))
 
 
 def appended(history: list[int], prompt: Prompt, tokenizer: Tokenizer | None) -> list[int]:

@@ -21,8 +21,9 @@ from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import chunk_grid
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.scheduler import Chunk, Sequence
-from ssm_dist.state_cache import PAGE_TOKENS, HostState, pages_of
+from ssm_dist.state_cache import HostState
 from ssm_dist.state_file import StateInfo, history_hash, inspect_state, read_part, write_state
+from ssm_dist.state_sizes import PAGE_TOKENS, pages_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ssm_dist.benchmark.cases import Case
 from ssm_dist.kernel_benchmark.clock import Clock
 from ssm_dist.llm import LLM
 from ssm_dist.parallel import ParameterPlacement
-from ssm_dist.state_cache import slot_bytes
+from ssm_dist.state_sizes import slot_bytes
 
 
 @dataclass(frozen=True)

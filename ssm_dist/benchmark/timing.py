@@ -32,7 +32,7 @@ from ssm_dist.benchmark.floors import (
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.sampling.params import SamplingParams
-from ssm_dist.state_cache import PAGE_TOKENS, pages_of
+from ssm_dist.state_sizes import PAGE_TOKENS, pages_of
 
 WARMUP_TOKENS = 16
 """New tokens of a run before the measured ones, at most."""

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ssm_dist.engine import Engine
 from ssm_dist.models.batch import ModelState, RaggedBatch, StateShapes
 from ssm_dist.sampling.sampler import Sampler
-from ssm_dist.state_cache import PAGE_TOKENS, HostState, StateCache, pages_of
+from ssm_dist.state_cache import HostState, StateCache
+from ssm_dist.state_sizes import PAGE_TOKENS, pages_of
 
 VOCAB = 23
 MODULUS = 4093

@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ssm_dist.models.batch import StateShapes
-from ssm_dist.state_cache import PAGE_TOKENS, StateCache, state_need
+from ssm_dist.state_cache import StateCache
+from ssm_dist.state_sizes import PAGE_TOKENS, state_need
 
 PURE = StateShapes(conv=(3, 8), ssm=(8, 4), layers=2)
 HYBRID = StateShapes(conv=(3, 8), ssm=(8, 4), layers=2, attention_sites=2, kv=(2, 5))
