@@ -41,10 +41,6 @@ class HostState:
     kv: Tensor
     """(sites, 2, pages, page_size, heads, head_dim); rows past the tokens are arbitrary"""
 
-    @property
-    def nbytes(self) -> int:
-        return self.conv.nbytes + self.ssm.nbytes + self.kv.nbytes
-
     def wait(self) -> None:
         """Until copies on their way from a GPU have come, and the host may read."""
         if self.conv.is_pinned():
