@@ -75,7 +75,7 @@ class LLM:
             return "none (one rank)"
         wire = self.loaded.tp.reductions.branch
         codec = wire.codec if wire.codec == "none" else f"{wire.codec} in groups of {wire.group_size}"
-        codec += ", with error feedback" if self.loaded.tp.reductions.feedback else ""
+        codec += ", with error feedback over the process group" if self.loaded.tp.reductions.feedback else ""
         return f"{carrier(self.loaded.tp.group)}, algorithm {wire.algorithm}, codec {codec}"
 
     @classmethod

@@ -56,7 +56,7 @@ def test_a_trained_model_is_nearer_to_the_exact_one(name: str, degree: int) -> N
     fed_back = run_on_ranks(degree, scores, folder, FED_BACK)
     assert all(torch.equal(other, fed_back[0][0]) for other, _, _ in fed_back)
     assert all(held == 0 for _, _, held in fed_back), "errors of streams that are gone"
-    assert fed_back[0][1] == f"{said}, with error feedback"
+    assert fed_back[0][1] == f"{said}, with error feedback over the process group"
     assert 0 < (fed_back[0][0] - exact).square().mean() < 0.75 * (plain - exact).square().mean()
 
 
