@@ -12,7 +12,7 @@ the number that has it:
     fp8     scale = amax / 448, payload = e4m3(x / scale)              |error| <= |x| / 16, or scale / 1024
 
 int4 uses all 16 values, and the peak comes back exactly, as in llama.cpp's Q4_0. Scales of amax / 7 cost a
-fifth to a half more perplexity in five of six cases (three demo models at degrees 2 and 4). A group that holds
+fifth to a half more perplexity in five of six cases (three demo models, degrees 2 and 4). A group that holds
 NaN or an infinity gets the scale NaN and decodes to NaN everywhere.
 
 With error feedback (as for gradients in Karimireddy et al., arXiv 1901.09847), a message is encoded together
