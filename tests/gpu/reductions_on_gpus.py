@@ -29,6 +29,7 @@ from ssm_dist.parallel.collectives import (
     wait_for_device,
 )
 from tests.kernels.codec_bounds import reduction_bound
+from tests.parallel.feedback_on_ranks import wrong_sums
 from tests.parallel.reductions_on_ranks import Case
 
 WIDTH, TOKENS = 4096, 4096
@@ -202,6 +203,12 @@ def _codec_differences(case: Case, device: torch.device) -> list[str]:
         for name in ours
         if not torch.equal(ours[name].nan_to_num(nan=1e30), theirs[name].nan_to_num(nan=1e30))
     ]
+
+
+def fed_back(case: Case, calls: int) -> int:
+    """Sums in a row with error feedback over NCCL, whose bits are not the codec ops'."""
+    tp, device = ready()
+    return wrong_sums(tp, case, calls, device)
 
 
 def replays(case: Case, times: int) -> int:

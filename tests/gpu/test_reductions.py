@@ -166,6 +166,15 @@ def test_triton_codecs_have_the_bits_of_torchao(codec: str, group_size: int) -> 
 
 
 @each_degree
+@pytest.mark.parametrize(("codec", "group_size"), QUANTISED, ids=str)
+def test_sums_with_error_feedback_have_the_bits_of_the_codec_ops(
+    codec: str, group_size: int, degree: int
+) -> None:
+    case = Case("normal", 64, 2560, BF16, codec, group_size)
+    assert run_on_ranks(degree, on_gpus.fed_back, case, 5, device="cuda") == [0] * degree
+
+
+@each_degree
 @pytest.mark.parametrize("case", REPLAYED, ids=lambda case: f"{case.algorithm}-{case.codec}")
 def test_a_thousand_replays_with_new_inputs(case: Case, degree: int) -> None:
     assert run_on_ranks(degree, on_gpus.replays, case, 1000, device="cuda") == [0] * degree

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ssm_dist.kernels.codecs import decode_rows, encode_rows_with_feedback, sum_rows_with_feedback
 from ssm_dist.parallel import TensorParallel, feedback
 from ssm_dist.parallel.collectives import Reductions, tp_all_reduce_with_feedback
 from tests.parallel.reductions_on_ranks import Case
@@ -42,6 +43,38 @@ def stream_of_many_sums(case: Case, layers: int, fed_back: bool) -> tuple[Tensor
             else:
                 stream = norm(branches[tp.rank], stream)[1]
     return stream, exact, *feedback._errors.get(stream, ())
+
+
+def wrong_sums(tp: TensorParallel, case: Case, calls: int, device: str | torch.device = "cpu") -> int:
+    """Of sums in a row with feedback, those whose bits are not the codec ops', played for all ranks here."""
+    codec, group_size = case.codec, case.group_size
+    stripe = -(-case.rows // tp.degree)
+    of_parts: list[Tensor | None] = [None] * tp.degree
+    of_sums: list[Tensor | None] = [None] * tp.degree
+    errors, wrong = None, 0
+    for call in range(calls):
+        parts = [case.part(rank, device) * (call + 1) for rank in range(tp.degree)]
+        total, errors = tp_all_reduce_with_feedback(parts[tp.rank], errors, tp.group, codec, group_size)
+        sent = []
+        for rank, part in enumerate(parts):
+            rows, of_parts[rank] = encode_rows_with_feedback(
+                part, of_parts[rank], codec, group_size, tp.degree * stripe
+            )
+            sent.append(rows.unflatten(0, (tp.degree, stripe)))
+        sums = []
+        for owner in range(tp.degree):
+            stripes = torch.stack([rows[owner] for rows in sent])
+            encoded, of_sums[owner] = sum_rows_with_feedback(
+                stripes, of_sums[owner], case.width, case.dtype, codec, group_size
+            )
+            sums.append(decode_rows(encoded, case.width, case.dtype, codec, group_size))
+        wrong += not torch.equal(total, torch.cat(sums)[: case.rows])
+    return wrong
+
+
+def wrong_sums_on_cpus(case: Case, calls: int) -> int:
+    """`wrong_sums` over gloo."""
+    return wrong_sums(TensorParallel.over_all_ranks("cpu"), case, calls)
 
 
 def bytes_of_errors(rows: int, width: int, dtype: torch.dtype) -> int:

@@ -16,7 +16,12 @@ from ssm_dist.parallel import resolve_plan
 from ssm_dist.parallel.collectives import Reductions, Wire
 from ssm_dist.registry import preset
 from tests.kernels.codec_bounds import QUANTISED
-from tests.parallel.feedback_on_ranks import bytes_of_errors, scores, stream_of_many_sums
+from tests.parallel.feedback_on_ranks import (
+    bytes_of_errors,
+    scores,
+    stream_of_many_sums,
+    wrong_sums_on_cpus,
+)
 from tests.parallel.reductions_on_ranks import Case
 from tests.ranks import run_on_ranks
 
@@ -45,6 +50,13 @@ def test_a_stream_lacks_what_its_last_sum_dropped(
     torch.testing.assert_close(lacking, of_parts + of_sums, rtol=0, atol=tolerance)
     plain = run_on_ranks(degree, stream_of_many_sums, case, layers, False)[0][0]
     assert lacking.square().mean() < 0.1 * (exact - plain).square().mean()
+
+
+@pytest.mark.parametrize("degree", [2, 3])
+@pytest.mark.parametrize(("codec", "group_size"), QUANTISED, ids=str)
+def test_sums_in_a_row_have_the_bits_of_the_codec_ops(codec: str, group_size: int, degree: int) -> None:
+    case = Case("normal", 6, 70, torch.bfloat16, codec, group_size)
+    assert run_on_ranks(degree, wrong_sums_on_cpus, case, 4) == [0] * degree
 
 
 @pytest.mark.parametrize("degree", [2, 4])
