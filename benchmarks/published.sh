@@ -3,8 +3,9 @@
 #   benchmarks/published.sh FOLDER [DEGREE...]
 # For each model and degree (by default 1 2 4): throughput over context lengths and batches, with the sums between
 # ranks as they are and quantised; on several GPUs the same for the requests without P2P, as on a PCIe host, and
-# once more with int4 and error feedback; and data-parallel replicas. Then the report, FOLDER/report.md. A run that fails leaves what it has measured, and
-# the others go on. BENCHMARK holds more options for every run, such as "--benchmark.repeats 1".
+# once more with int4 and error feedback; and data-parallel replicas. Then the report, FOLDER/report.md. A run
+# that fails leaves what it has measured, and the others go on. BENCHMARK holds more options for every run,
+# such as "--benchmark.repeats 1".
 set -uo pipefail
 folder=$1
 shift
@@ -35,7 +36,8 @@ for model in mamba_2.8b falcon_mamba_7b zamba_7b; do
             --reduction.algorithm process_group --benchmark.batches --benchmark.cases $requests
         # shellcheck disable=SC2086
         NCCL_P2P_DISABLE=1 run "${model}_tp${degree}_no_p2p_fed_back" "$degree" "$config" \
-            --reduction.codec int4 --reduction.feedback true --benchmark.codecs int4 \
+            --reduction.algorithm process_group --reduction.codec int4 --reduction.feedback true \
+            --benchmark.codecs int4 \
             --benchmark.batches --benchmark.cases $requests
         # shellcheck disable=SC2086
         python benchmarks/replicas.py --model "$preset" --replicas "$degree" --cases $requests \

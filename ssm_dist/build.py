@@ -147,7 +147,7 @@ def reductions_of(section: ReductionConfig) -> Reductions:
         wire(section.x_proj_codec),
         wire(section.embedding_codec),
         section.timeout_seconds,
-        section.feedback and section.codec != "none",  # a benchmark may also take the codec out
+        section.feeds_back,
     )
 
 
@@ -187,7 +187,7 @@ def _check_memory(
         chunk_tokens=config.prefill.chunk_tokens,
         prefix_bytes=config.cache.prefix_device_bytes,
         captured=ranks.device.type == "cuda" and config.compile.mode != "none",
-        feedback=config.reduction.feedback and config.parallel.tensor > 1,
+        feedback=config.reduction.feeds_back and config.parallel.tensor > 1,
     )
 
     def least(free: int) -> int:

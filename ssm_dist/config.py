@@ -77,6 +77,11 @@ class ReductionConfig(Section):
     timeout_seconds: float = Field(300.0, gt=0.0)
     """How long a rank waits for the others in a reduction before the job ends."""
 
+    @property
+    def feeds_back(self) -> bool:
+        """Whether errors are fed back: a benchmark may take the codec out of a section that asks for it."""
+        return self.feedback and self.codec != "none"
+
     @model_validator(mode="after")
     def _goes_together(self) -> ReductionConfig:
         if self.algorithm == "all_reduce" and self.codec != "none":

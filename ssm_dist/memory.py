@@ -6,7 +6,8 @@ of every sequence when decoding), with b bytes a number in the model's dtype, D 
 states a channel, A = heads * head_dim of attention and M hidden units of the MLP, it is
 
     stream   T * H * (3 b + 16)      normed input, branch, its reduction; residual, three float32 temporaries;
-             with error feedback, 4 b more: errors of parts and of sums, before and after
+             with error feedback on R ranks, 2 (1 + 1 / R) b more: errors of parts and of sums, before and
+             after; half as much again for Zamba, of a norm that is not of the stream alone
 
 and the largest of what lives beside it at different times:
 
@@ -120,7 +121,10 @@ def _activation_bytes(
     """The upper bound that the head of this file states."""
     tokens = max(chunk_tokens, sequences)
     channels, hidden = config.d_inner // degree, config.d_model
-    stream = tokens * hidden * ((7 if feedback else 3) * itemsize + 16)
+    stream = tokens * hidden * (3 * itemsize + 16)
+    if feedback:
+        errors = 3 if isinstance(config, ZambaConfig) else 2
+        stream += errors * (tokens + -(-tokens // degree)) * hidden * itemsize
     mixer = tokens * channels * (6 * itemsize + 16)
     mixer += 10 * max(TIME_BLOCK, sequences) * channels * config.d_state * 4
     block = 0

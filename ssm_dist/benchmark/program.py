@@ -133,8 +133,7 @@ def named(config: Config) -> dict[str, Any]:
 
 
 def _codec(section: ReductionConfig) -> str:
-    fed_back = section.feedback and section.codec != "none"
-    return section.codec + (" with feedback" if fed_back else "")
+    return section.codec + (" with feedback" if section.feeds_back else "")
 
 
 def engine_of(llm: LLM) -> dict[str, Any]:

@@ -11,9 +11,9 @@ the number that has it:
             two a byte, the first low                                  are almost -peak up to twice that
     fp8     scale = amax / 448, payload = e4m3(x / scale)              |error| <= |x| / 16, or scale / 1024
 
-int4 uses all 16 values, and the peak comes back exactly, as in llama.cpp's Q4_0. Scales of amax / 7 cost a
-fifth to a half more perplexity in five of six cases (three demo models, degrees 2 and 4). A group that holds
-NaN or an infinity gets the scale NaN and decodes to NaN everywhere.
+int4 uses all 16 values, and the peak comes back exactly, as in llama.cpp's Q4_0: with scales of amax / 7 demo
+models differed from exact ones by a quarter more (mean KL divergence, `benchmarks/reduction_fidelity` at
+commit e0e8451). A group that holds NaN or an infinity gets the scale NaN and decodes to NaN everywhere.
 
 With error feedback (as for gradients in Karimireddy et al., arXiv 1901.09847), a message is encoded together
 with what encoding dropped of the one before, so that the sum of many messages lacks what one of them does:

@@ -22,10 +22,11 @@ _errors = WeakTensorKeyDictionary()
 """Residual stream -> errors of the last reduction that was added to it."""
 
 
-def feeds_back(branch: Tensor, group: str, reductions: Reductions) -> bool:
-    """Whether the sum of a branch (T, H) is one with error feedback."""
+def feeds_back(branch: Tensor, group: str, reductions: Reductions, *, with_norm: bool) -> bool:
+    """Whether the sum of a branch (T, H) is one with error feedback: where its codec would serve without."""
     wire = reductions.branch
-    return reductions.feedback and goes_encoded(branch, group, wire.codec, wire.group_size, wire.algorithm)
+    how = (wire.codec, wire.group_size, wire.algorithm)
+    return reductions.feedback and goes_encoded(branch, group, *how, with_norm)
 
 
 def sum_with_feedback(

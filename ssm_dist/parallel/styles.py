@@ -174,7 +174,7 @@ class ReduceAddNorm(Style):
         def reduced(
             branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
         ) -> tuple[Tensor, Tensor]:
-            if residual is not None and feeds_back(branch, group, tp.reductions):
+            if residual is not None and feeds_back(branch, group, tp.reductions, with_norm=True):
                 total, added = sum_with_feedback(branch, residual, group, tp.reductions)
                 normed, stream = add_rms_norm(total, residual, weight, eps)
                 added(stream)
@@ -202,7 +202,7 @@ class ReduceAdd(Style):
             return beside(lambda: with_sum(branch, residual), group)
 
         def with_sum(branch: Tensor, residual: Tensor) -> Tensor:
-            if not feeds_back(branch, group, tp.reductions):
+            if not feeds_back(branch, group, tp.reductions, with_norm=False):
                 return residual + tp_all_reduce_spent(branch, group, *how)
             total, added = sum_with_feedback(branch, residual, group, tp.reductions)
             stream = residual + total

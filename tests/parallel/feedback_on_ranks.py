@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -75,6 +78,52 @@ def wrong_sums(tp: TensorParallel, case: Case, calls: int, device: str | torch.d
 def wrong_sums_on_cpus(case: Case, calls: int) -> int:
     """`wrong_sums` over gloo."""
     return wrong_sums(TensorParallel.over_all_ranks("cpu"), case, calls)
+
+
+def seams_that_feed_back(width: int, lengths: list[int]) -> list[tuple[bool, bool]]:
+    """Of norms, then of sums of some branches, were memory shared: whether it is encoded, and fed back.
+
+    Encoded: without feedback, by whatever algorithm. Nothing is summed.
+    """
+    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+    from ssm_dist.parallel import styles
+    from ssm_dist.parallel.collectives import Wire
+    from ssm_dist.parallel.collectives.groups import group_named
+    from ssm_dist.parallel.collectives.selection import choose
+    from ssm_dist.parallel.collectives.shared import memory_at
+
+    wire = Wire("int4", 32)
+    tp = TensorParallel.over_all_ranks("cpu", Reductions(branch=wire, feedback=True))
+    norm, add = AddRMSNorm(width, 1e-5).bfloat16(), ResidualAdd()
+    styles.ReduceAddNorm(may_split=True).install(norm, tp)
+    styles.ReduceAdd().install(add, tp)
+    fed_back: list[bool] = []
+
+    def fed(branch: Tensor, *_: Any) -> tuple[Tensor, Callable[[Tensor], None]]:
+        fed_back.append(True)
+        return branch, lambda stream: None
+
+    def plain(branch: Tensor, residual: Any = None, *_: Any) -> tuple[Tensor, Any]:
+        fed_back.append(False)
+        return branch, residual
+
+    group, encoded = group_named(tp.group), []
+    group.memory = memory_at([0] * tp.degree, group, 2 * width, 2**26, torch.device("cpu"))
+    replaced = {
+        "sum_with_feedback": fed, "tp_all_reduce_add_rms_norm": plain,
+        "tp_all_reduce_add_rms_norm_split": plain, "tp_all_reduce_spent": lambda x, *_: plain(x)[0],
+    }  # fmt: skip
+    try:
+        with torch.no_grad(), mock.patch.multiple(styles, **replaced):
+            for with_norm, seam in ((True, norm), (False, add)):
+                for length in lengths:
+                    branch = torch.ones(length, width, dtype=torch.bfloat16)
+                    seam(branch, branch.float())
+                    chosen = choose(group, branch, wire.codec, wire.group_size, "auto", with_norm)
+                    encoded.append(chosen in ("bulk", "exchange"))
+    finally:
+        group.memory = None
+    return list(zip(encoded, fed_back, strict=True))
 
 
 def bytes_of_errors(rows: int, width: int, dtype: torch.dtype) -> int:

@@ -19,6 +19,7 @@ from tests.kernels.codec_bounds import QUANTISED
 from tests.parallel.feedback_on_ranks import (
     bytes_of_errors,
     scores,
+    seams_that_feed_back,
     stream_of_many_sums,
     wrong_sums_on_cpus,
 )
@@ -72,19 +73,30 @@ def test_a_trained_model_is_nearer_to_the_exact_one(name: str, degree: int) -> N
     assert 0 < (fed_back[0][0] - exact).square().mean() < 0.75 * (plain - exact).square().mean()
 
 
-@pytest.mark.parametrize("degree", [2, 3])
-def test_memory_for_the_errors_of_two_layers_is_reckoned_with(degree: int) -> None:
-    spec, config = preset("mamba-tiny")
+@pytest.mark.parametrize("width", [768, 2560, 4096])
+def test_a_branch_is_fed_back_where_it_would_be_encoded_and_nowhere_else(width: int) -> None:
+    """Over shared memory, sums with a norm stay exact up to other lengths than sums alone."""
+    lengths = [1, 300, 600, 900, 1100, 2000, 2900, 5000]
+    for found in run_on_ranks(2, seams_that_feed_back, width, lengths):
+        assert all(encoded == fed_back for encoded, fed_back in found)
+        assert {fed_back for _, fed_back in found} == {True, False}
+
+
+@pytest.mark.parametrize(("name", "sets"), [("mamba-tiny", 2), ("zamba-tiny", 3)])
+@pytest.mark.parametrize("degree", [2, 4])
+def test_memory_for_the_errors_is_reckoned_with(degree: int, name: str, sets: int) -> None:
+    """Those of two layers, and in hybrid layers those of a norm beside the stream."""
+    spec, config = preset(name)
     with torch.device("meta"):
         model = spec.build(config)
-    shapes, placements = model.state_shapes(), resolve_plan(model, spec.plan, 2).parameters
+    shapes, placements = model.state_shapes(), resolve_plan(model, spec.plan, degree).parameters
     settings = {"state_dtype": torch.float32, "max_sequences": 2, "max_tokens": 64, "chunk_tokens": 301}
     without, needed = (
         estimate(config, shapes, placements, dtype=torch.bfloat16, feedback=feedback, **settings).activations
         for feedback in (False, True)
     )
     held = run_on_ranks(degree, bytes_of_errors, 301, config.d_model, torch.bfloat16)
-    assert all(0 < 2 * errors <= needed - without for errors in held)
+    assert all(0 < sets * errors == needed - without for errors in held)
 
 
 @pytest.mark.parametrize(

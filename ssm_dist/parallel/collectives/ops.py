@@ -127,11 +127,13 @@ def tp_all_reduce_with_feedback(
     return total, (left[0], left[1])
 
 
-def goes_encoded(x: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
-    """Whether a sum of x (T, H) is long enough for its codec."""
+def goes_encoded(
+    x: Tensor, group: str, codec: str, group_size: int, algorithm: str, with_norm: bool
+) -> bool:
+    """Whether a sum of x (T, H), or one with residual and norm, is long enough for its codec."""
     if codec == "none" or not is_registered(group) or group_named(group).size == 1 or x.numel() == 0:
         return False
-    return choose(group_named(group), x, codec, group_size, algorithm) in ("exchange", "bulk")
+    return choose(group_named(group), x, codec, group_size, algorithm, with_norm) in ("exchange", "bulk")
 
 
 def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, algorithm: str) -> bool:
