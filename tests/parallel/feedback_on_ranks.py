@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssm_dist.kernels.codecs import decode_rows, encode_rows_with_feedback, sum_rows_with_feedback
 from ssm_dist.parallel import TensorParallel, feedback
-from ssm_dist.parallel.collectives import Reductions, tp_all_reduce_with_feedback
+from ssm_dist.parallel.collectives import Reductions, Wire, tp_all_reduce_with_feedback
 from tests.parallel.reductions_on_ranks import Case
 
 TEXT = [[(a * i * i + 3 * i) % 90 for i in range(60)] for a in (5, 7, 11, 13, 17, 19)]
@@ -24,7 +24,6 @@ def stream_of_many_sums(case: Case, layers: int, fed_back: bool) -> tuple[Tensor
     With feedback, this rank's errors of the last sum, too.
     """
     from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
-    from ssm_dist.parallel.collectives import Wire
     from ssm_dist.parallel.styles import ReduceAdd, ReduceAddNorm
 
     wire = Wire(case.codec, case.group_size, "exchange")
@@ -87,7 +86,6 @@ def seams_that_feed_back(width: int, lengths: list[int]) -> list[tuple[bool, boo
     """
     from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
     from ssm_dist.parallel import styles
-    from ssm_dist.parallel.collectives import Wire
     from ssm_dist.parallel.collectives.groups import group_named
     from ssm_dist.parallel.collectives.selection import choose
     from ssm_dist.parallel.collectives.shared import memory_at

@@ -26,6 +26,10 @@ from ssm_dist.kernels.codecs import (
 from ssm_dist.parallel.collectives.failures import Call, wait
 from ssm_dist.parallel.collectives.gather import all_gather
 
+Errors = tuple[Tensor, Tensor]
+"""What a sum with error feedback leaves to the next: of this rank's part (T, H), and of the sums of the rows
+that it owns (ceil(T / ranks), H), of which those past T are undefined."""
+
 
 def all_reduce(x: Tensor, call: Call, in_place: bool = False) -> Tensor:
     """The process group's own sum, in a fresh tensor or in x itself, which is contiguous then."""
@@ -45,18 +49,19 @@ def exchange(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
 
 
 def exchange_with_feedback(
-    x: Tensor, errors: tuple[Tensor | None, Tensor | None], call: Call, codec: str, group_size: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`exchange`, with error feedback on both trips: the sum, then the errors of this rank's part and sum.
+    x: Tensor, errors: Errors | None, call: Call, codec: str, group_size: int
+) -> tuple[Tensor, Errors]:
+    """`exchange`, with error feedback on both trips: the sum, and the errors to give to the next call.
 
     errors: what the call before returned, or None. See `ssm_dist.kernels.codecs`.
     """
     rows, width = x.shape
-    sent, of_part = encode_rows_with_feedback(x, errors[0], codec, group_size, _in_stripes(rows, call))
+    part_error, sum_error = errors or (None, None)
+    sent, of_part = encode_rows_with_feedback(x, part_error, codec, group_size, _in_stripes(rows, call))
     parts = _to_owners(sent, call)
-    mine, of_sum = sum_rows_with_feedback(parts, errors[1], width, x.dtype, codec, group_size)
+    mine, of_sum = sum_rows_with_feedback(parts, sum_error, width, x.dtype, codec, group_size)
     total = decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
-    return total, of_part, of_sum
+    return total, (of_part, of_sum)
 
 
 def exchange_add_rms_norm(

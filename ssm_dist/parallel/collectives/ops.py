@@ -8,6 +8,7 @@ from torch import Tensor
 from ssm_dist.kernels import add_rms_norm
 from ssm_dist.kernels.operators import operator
 from ssm_dist.parallel.collectives.exchange import (
+    Errors,
     all_reduce,
     exchange,
     exchange_add_rms_norm,
@@ -107,11 +108,6 @@ def tp_all_reduce_add_rms_norm_split(
     return exchange_add_rms_norm(partial, residual, weight, eps, call, codec, group_size)
 
 
-Errors = tuple[Tensor, Tensor]
-"""What a sum with error feedback leaves to the next: of this rank's part (T, H), and of the sums of the rows
-that it owns (ceil(T / ranks), H), of which those past T are undefined."""
-
-
 def tp_all_reduce_with_feedback(
     x: Tensor, errors: Errors | None, group: str, codec: str, group_size: int
 ) -> tuple[Tensor, Errors]:
@@ -123,8 +119,7 @@ def tp_all_reduce_with_feedback(
     ranks = group_named(group)
     ranks.next_call()
     call = Call.of(ranks, "all-reduce with feedback", x)
-    total, *left = exchange_with_feedback(x, errors or (None, None), call, codec, group_size)
-    return total, (left[0], left[1])
+    return exchange_with_feedback(x, errors, call, codec, group_size)
 
 
 def goes_encoded(
