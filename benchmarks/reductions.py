@@ -3,10 +3,11 @@
     torchrun --standalone --nproc-per-node 2 benchmarks/reductions.py --out benchmarks/reductions/2xH100
     torchrun --standalone --nproc-per-node 2 benchmarks/reductions.py --no-p2p --out .../2xH100-no-p2p
 
-Each case captures several calls in a graph and replays it; a time is the median of the repeats, of the
-slowest rank. `nccl` is NCCL's all-reduce in place, and nothing else (with its norm in the fused section);
-`all_reduce` is the same by our operator, into a fresh tensor; `auto` is what a model does, which may sum in
-place. Beside a time: the relative L2 error against the float32 sum, and whether all ranks hold the same bits.
+Each case captures several calls of each way in a graph; the graphs are replayed in turns, and a time is the
+median of the repeats, of the slowest rank. `nccl` is NCCL's all-reduce in place, and nothing else (with its
+norm in the fused section); `all_reduce` is the same by our operator, into a fresh tensor; `auto` is what a
+model does, which may sum in place. Beside a time: the relative L2 error against the float32 sum, and whether
+all ranks hold the same bits.
 Written after every case: OUT.json, OUT.md and, from the section plain, OUT.table.json, which is for
 `[reduction] table`.
 
@@ -56,6 +57,10 @@ CODED_BYTES = 3e5
 """Up to them, nothing is quantised."""
 
 
+Replay = Callable[[], float]
+"""Runs several calls and returns the seconds of one."""
+
+
 @dataclass
 class Bench:
     """One rank's side of the run."""
@@ -95,18 +100,23 @@ class Bench:
         dist.all_reduce(whole)
         truth = exact(whole)
         del whole
+        graphs: dict[str, Replay] = {}
         for name, way in (ways or self.ways(x.nbytes)).items():
             if self.broken and way[2] not in ("nccl", "all_reduce", "exchange"):
                 continue
             faulthandler.dump_traceback_later(self.options.case_seconds, exit=True)
             try:
-                row[name] = self.measured(make(x, self.tp, *way), x, truth)
+                run = make(x, self.tp, *way)
+                row[name] = self.checked(run, truth)
+                graphs[name] = self.repeated(run, x.nbytes)
             except Exception as error:
                 row[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
                 if way[2] not in ("nccl", "all_reduce", "exchange"):
                     self.broken = f"{section} {shape} {name}"
-            finally:
-                faulthandler.cancel_dump_traceback_later()
+        faulthandler.dump_traceback_later(self.options.case_seconds, exit=True)
+        for name, us in self.microseconds(graphs).items():
+            row[name]["us"] = us
+        faulthandler.cancel_dump_traceback_later()
         self.rows.append(row)
         self.write(row)
 
@@ -116,16 +126,25 @@ class Bench:
         dist.broadcast(spent, 0)
         return float(spent) > self.options.seconds
 
-    def measured(self, run: Run, x: Tensor, truth: Tensor) -> dict[str, Any]:
-        """Microseconds, error, and whether the bits agree."""
+    def checked(self, run: Run, truth: Tensor) -> dict[str, Any]:
+        """Error, and whether the bits agree."""
         got = run()
         wait_for_device(self.tp.group, self.device)
         error = float((got.float() - truth).norm() / truth.norm())
-        same = self.same_on_all_ranks(got)
-        del got
-        us = torch.tensor(1e6 * self.seconds(run, x.nbytes), device=self.device)
-        dist.all_reduce(us, op=dist.ReduceOp.MAX)
-        return {"us": round(float(us), 2), "error": error, "same": same}
+        return {"error": error, "same": self.same_on_all_ranks(got)}
+
+    def microseconds(self, replays: dict[str, Replay]) -> dict[str, float]:
+        """Of a call of each: the median of the repeats on the slowest rank. All take turns, so that what
+        disturbs the host for a moment is no single way's."""
+        times: dict[str, list[float]] = {name: [] for name in replays}
+        for _ in range(self.options.repeats + 2):
+            for name, replay in replays.items():
+                dist.barrier()
+                times[name].append(1e6 * replay())
+        medians = [statistics.median(repeats[2:]) for repeats in times.values()]
+        slowest = torch.tensor(medians, device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        return {name: round(us, 2) for name, us in zip(times, slowest.tolist(), strict=True)}
 
     def same_on_all_ranks(self, x: Tensor) -> bool:
         """Whether all ranks hold the same bits, by two sums of them."""
@@ -136,30 +155,33 @@ class Bench:
         dist.all_gather(sums, mine)
         return all(torch.equal(mine, other) for other in sums)
 
-    def seconds(self, call: Run, size: int) -> float:
-        """Of one call: the median of the repeats of a graph of several, or of plain calls on a CPU."""
-        calls = max(2, min(20, int(64e6 / size)))
+    def repeated(self, call: Run, size: int) -> Replay:
+        """Several calls in a graph, or plain ones on a CPU: run them and return the seconds of one."""
+        calls = max(2, min(20, int(64e6 / size))) if self.device.type == "cuda" else 2
         if self.device.type == "cpu":
-            begin = time.perf_counter()
-            for _ in range(2):
-                call()
-            return (time.perf_counter() - begin) / 2
+
+            def timed() -> float:
+                begin = time.perf_counter()
+                for _ in range(calls):
+                    call()
+                return (time.perf_counter() - begin) / calls
+
+            return timed
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(calls):
                 call()
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-        times = []
-        for repeat in range(self.options.repeats + 2):
-            dist.barrier()
+
+        def replayed() -> float:
             events[0].record()
             graph.replay()
             events[1].record()
             wait_for_device(self.tp.group, self.device)
-            if repeat >= 2:
-                times.append(events[0].elapsed_time(events[1]) / 1e3 / calls)
-        return statistics.median(times)
+            return events[0].elapsed_time(events[1]) / 1e3 / calls
+
+        return replayed
 
     def write(self, row: dict[str, Any] | None = None) -> None:
         """Print a case, and rewrite the files."""

@@ -3,12 +3,15 @@
 New keys and values go to their pages first; attention then reads nothing but pages, in one of two forms:
 
 - many queries a sequence: a program holds a chunk of queries of one sequence and head, and walks over their
-  context with tensor-core products and an online softmax (arXiv 2205.14135);
-- few: a program of one warp holds one query and walks over a part of its context, so that few sequences still
-  keep every multiprocessor reading; a second kernel joins the parts.
+  context with tensor-core products and an online softmax (arXiv 2205.14135). Programs of one head run next to
+  each other, so that its keys and values come from the L2 cache. On Hopper, `gluon_attention` does the same;
+- few: a program holds one query and walks over a part of its context, so that few sequences still keep every
+  multiprocessor reading; a second kernel joins the parts.
 
 Both are right for every ragged batch; sizes known to the host choose between them.
 """
+
+from types import ModuleType
 
 import torch
 import triton
@@ -16,61 +19,66 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+from ssm_dist.kernels.gluon_support import gluon_module
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_common import chunk_of_program, exp2, factor, sequence_of
 
-PROGRAMS = 1056
-"""One-warp programs that keep a large GPU's memory busy: 8 a multiprocessor."""
+PROGRAMS = 528
+"""Of few queries, 4 a multiprocessor: each has asked for STAGES - 1 times BLOCK_N tokens of context ahead."""
+PART = {"BLOCK_N": 8, "STAGES": 4, "num_warps": 2}
 MOST_PARTS = 256
-PART_BLOCK = 8
-"""Tokens of context that a one-warp program reads at once."""
 JOINED = 128
 """Numbers of a head that one joining program sums."""
+STORING = 4096
+"""Tokens and heads from which on one program stores several of them."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _row_of(pages, sequence, table_row, place, page_size, here, page_stride, row_stride):
+def _row_of(pages, sequence, table_row, place, here, page_stride, row_stride, PAGE: tl.constexpr):
     """Where tokens of a sequence lie in the pages; places that are not `here` are not looked up."""
-    page = tl.load(pages + sequence * table_row + place // page_size, mask=here, other=0).to(tl.int64)
-    return page * page_stride + (place % page_size) * row_stride
+    page = tl.load(pages + sequence * table_row + place // PAGE, mask=here, other=0).to(tl.int64)
+    return page * page_stride + (place % PAGE) * row_stride
 
 
 @triton.jit
 def _store_kernel(
     key, value, key_pages, value_pages, seq_offsets, positions, pages,
     key_row, key_head, value_row, value_head, page_stride, row_stride, head_stride, table_row,
-    sequences, heads, size, page_size, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr,
+    sequences, heads, size,
+    PAGE: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one head of one new token, into its page."""
-    token, head = tl.program_id(0) // heads, tl.program_id(0) % heads
+    """One program: HEADS heads of one new token, into its page."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
+    blocks = tl.cdiv(heads, HEADS)
+    token, first = tl.program_id(0) // blocks, tl.program_id(0) % blocks * HEADS
     sequence = sequence_of(seq_offsets, sequences, token, BLOCK_S)
     place = tl.load(positions + token).to(tl.int32)
-    at = (
-        _row_of(pages, sequence, table_row, place, page_size, True, page_stride, row_stride)
-        + head * head_stride
-    )
-    n = tl.arange(0, BLOCK)
-    inside = n < size
+    row = _row_of(pages, sequence, table_row, place, True, page_stride, row_stride, PAGE)
+    head, n = (first + tl.arange(0, HEADS))[:, None], tl.arange(0, BLOCK)[None, :]
+    inside = (head < heads) & (n < size)
     token = token.to(tl.int64)
     k = tl.load(key + token * key_row + head * key_head + n, mask=inside)
     v = tl.load(value + token * value_row + head * value_head + n, mask=inside)
-    tl.store(key_pages + at + n, k.to(key_pages.dtype.element_ty), mask=inside)
-    tl.store(value_pages + at + n, v.to(value_pages.dtype.element_ty), mask=inside)
+    at = row + head * head_stride + n
+    tl.store(key_pages + at, k.to(key_pages.dtype.element_ty), mask=inside)
+    tl.store(value_pages + at, v.to(value_pages.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _chunk_kernel(
     query, key_pages, value_pages, y, seq_offsets, positions, pages, scale,
     query_row, query_head, page_stride, row_stride, head_stride, table_row,
-    sequences, heads, size, page_size,
-    BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
+    sequences, heads, size,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_M queries of one sequence and head; the last chunks see most and start first."""
-    head = tl.program_id(0) % heads
-    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)) // heads
+    chunks = tl.num_programs(0) // heads
+    head, chunk = tl.program_id(0) // chunks, chunks - 1 - tl.program_id(0) % chunks
     sequence, _, end, first = chunk_of_program(seq_offsets, sequences, chunk, BLOCK_M, BLOCK_S)
     if first >= end:
         return
@@ -90,7 +98,7 @@ def _chunk_kernel(
     for begin in range(0, context, BLOCK_N):
         seen = begin + tl.arange(0, BLOCK_N)
         here = seen < context
-        row = _row_of(pages, sequence, table_row, seen, page_size, here, page_stride, row_stride)
+        row = _row_of(pages, sequence, table_row, seen, here, page_stride, row_stride, PAGE)
         cell = (row + head * head_stride)[:, None] + n[None, :]
         k = tl.load(key_pages + cell, mask=here[:, None] & inside, other=0.0).to(q.dtype)
         scores = tl.dot(factor(q), factor(tl.trans(k)), input_precision=PRECISION) * (scale * LOG2_E)
@@ -108,18 +116,28 @@ def _chunk_kernel(
 
 
 @triton.jit
+def _part_length(context, count, BLOCK_N: tl.constexpr):
+    """Tokens of each part of a context; the last may have fewer, and parts that nothing is left for none."""
+    return tl.cdiv(tl.cdiv(context, count), BLOCK_N) * BLOCK_N
+
+
+@triton.jit
 def _part_kernel(
     query, key_pages, value_pages, y, sums, tops, totals, seq_offsets, positions, pages, scale,
-    query_row, query_head, page_stride, row_stride, head_stride, table_row,
-    sequences, heads, size, page_size,
-    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    query_row, query_head, page_stride, row_stride, head_stride, table_row, sequences, heads, size, count,
+    PAGE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr, ALONE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one query and head over one of PARTS equal parts of its context."""
+    """One program: one query and head over one of several parts of its context; ALONE: over all of it."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
     head, rest = tl.program_id(0) % heads, tl.program_id(0) // heads
-    part, token = rest % PARTS, rest // PARTS
-    sequence = sequence_of(seq_offsets, sequences, token, BLOCK_S)
+    part, token = rest % count, rest // count
     context = tl.load(positions + token).to(tl.int32) + 1
-    length = tl.cdiv(tl.cdiv(context, PARTS), BLOCK_N) * BLOCK_N
+    length = _part_length(context, count, BLOCK_N)
+    if part * length >= context:
+        return
+    sequence = sequence_of(seq_offsets, sequences, token, BLOCK_S)
     end = tl.minimum(part * length + length, context)
     n = tl.arange(0, BLOCK)
     inside = n < size
@@ -129,10 +147,10 @@ def _part_kernel(
     top = tl.max(tl.full((BLOCK_N,), float("-inf"), tl.float32), 0)
     total = tl.sum(tl.zeros((BLOCK_N,), tl.float32), 0)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for begin in range(part * length, end, BLOCK_N):
+    for begin in tl.range(part * length, end, BLOCK_N, num_stages=STAGES):
         seen = begin + tl.arange(0, BLOCK_N)
         here = seen < end
-        row = _row_of(pages, sequence, table_row, seen, page_size, here, page_stride, row_stride)
+        row = _row_of(pages, sequence, table_row, seen, here, page_stride, row_stride, PAGE)
         cell = (row + head * head_stride)[:, None] + n[None, :]
         k = tl.load(key_pages + cell, mask=here[:, None] & inside[None, :], other=0.0)
         v = tl.load(value_pages + cell, mask=here[:, None] & inside[None, :], other=0.0)
@@ -144,31 +162,39 @@ def _part_kernel(
         acc = acc * fade + tl.sum(shares[:, None] * v.to(tl.float32), 0)
         top = higher
     item = token.to(tl.int64) * heads + head
-    if PARTS == 1:
+    if ALONE:
         tl.store(y + item * size + n, (acc / total).to(y.dtype.element_ty), mask=inside)
     else:
-        tl.store(sums + (item * PARTS + part) * size + n, acc, mask=inside)
-        tl.store(tops + item * PARTS + part, top)
-        tl.store(totals + item * PARTS + part, total)
+        tl.store(sums + (item * count + part) * size + n, acc, mask=inside)
+        tl.store(tops + item * count + part, top)
+        tl.store(totals + item * count + part, total)
 
 
 @triton.jit
 def _join_kernel(
-    sums, tops, totals, y, size, PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr
-):
-    """One program: BLOCK numbers of one query and head, from all parts; an empty part has weight 0."""
+    sums, tops, totals, y, positions, heads, size, count,
+    PARTS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK numbers of one query and head, from all parts, of which there are at most PARTS."""
+    start_next(PDL)
+    wait_for_inputs(PDL)
     blocks = tl.cdiv(size, BLOCK)
     item = (tl.program_id(0) // blocks).to(tl.int64)
     n = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    parts = item * PARTS + tl.arange(0, PARTS)
-    all_tops = tl.load(tops + parts)
+    context = tl.load(positions + item // heads).to(tl.int32) + 1
+    used = tl.cdiv(context, _part_length(context, count, BLOCK_N))
+    every = tl.arange(0, PARTS)
+    all_tops = tl.load(tops + item * count + every, mask=every < used, other=float("-inf"))
     highest = tl.max(all_tops, 0)
-    total = tl.sum(exp2(all_tops - highest) * tl.load(totals + parts), 0)
+    all_totals = tl.load(totals + item * count + every, mask=every < used, other=0.0)
+    total = tl.sum(exp2(all_tops - highest) * all_totals, 0)
     acc = tl.zeros((BLOCK,), tl.float32)
-    for begin in tl.static_range(0, PARTS, BLOCK_P):
-        some = item * PARTS + begin + tl.arange(0, BLOCK_P)
-        weights = exp2(tl.load(tops + some) - highest)
-        values = tl.load(sums + some[:, None] * size + n[None, :], mask=(n < size)[None, :], other=0.0)
+    for begin in range(0, used, BLOCK_P):
+        part = begin + tl.arange(0, BLOCK_P)
+        some, here = item * count + part, part < used
+        weights = exp2(tl.load(tops + some, mask=here, other=float("-inf")) - highest)
+        inside = here[:, None] & (n < size)[None, :]
+        values = tl.load(sums + some[:, None] * size + n[None, :], mask=inside, other=0.0)
         acc += tl.sum(weights[:, None] * values, 0)
     tl.store(y + item * size + n, (acc / total).to(y.dtype.element_ty), mask=n < size)
 
@@ -186,42 +212,67 @@ def paged_attention(
     if not query.shape[0]:
         return y
     (tokens, heads, size), sequences = query.shape, pages.shape[0]
-    of_pages = (*key_pages.stride()[:3], pages.stride(0), sequences, heads, size, key_pages.shape[1])
-    block = max(16, triton.next_power_of_2(size))
-    blocks = {"BLOCK": block, "BLOCK_S": min(triton.next_power_of_2(sequences), 256)}
+    of_pages = (*key_pages.stride()[:3], pages.stride(0), sequences, heads, size)
+    blocks = {"PAGE": key_pages.shape[1], "BLOCK": max(16, triton.next_power_of_2(size))}
+    few = {"BLOCK_S": min(triton.next_power_of_2(sequences), 256), **launch_options(query.device)}
+    together = 1 if tokens * heads <= STORING else min(4, triton.next_power_of_2(heads))
     with torch.cuda.device_of(query):
-        _store_kernel[(tokens * heads,)](
+        _store_kernel[(tokens * triton.cdiv(heads, together),)](
             key, value, key_pages, value_pages, seq_offsets, positions, pages,
-            key.stride(0), key.stride(1), value.stride(0), value.stride(1), *of_pages, **blocks, num_warps=2,
+            key.stride(0), key.stride(1), value.stride(0), value.stride(1), *of_pages, HEADS=together,
+            **blocks, **few, num_warps=2 * together,
         )  # fmt: skip
         walk = (query, key_pages, value_pages, y)
         where = (seq_offsets, positions, pages, scale, query.stride(0), query.stride(1), *of_pages)
-        if tokens > sequences:
-            config = tuning.configuration("paged_attention", query.element_size(), query.device)
-            # A warp's width of sequences at once: more would need registers that the sums need.
-            blocks["BLOCK_S"] = min(blocks["BLOCK_S"], 32)
-            _chunk_kernel[((tokens // config["BLOCK_M"] + sequences) * heads,)](
-                *walk, *where, **blocks, **config, enable_fp_fusion=True,
-                PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            )  # fmt: skip
+        if tokens <= sequences:
+            _attend_in_parts(walk, where, blocks | few)
+        elif gluon := _gluon_form(*walk):
+            gluon.attend_in_chunks(walk, where, blocks)
         else:
-            _attend_in_parts(walk, where, blocks)
+            _attend_in_chunks(walk, where, blocks)
     return y
+
+
+def _gluon_form(query: Tensor, key_pages: Tensor, value_pages: Tensor, y: Tensor) -> ModuleType | None:
+    """For many queries on Hopper: 16-bit heads of 33 to 512 numbers, in rows that 16 bytes divide."""
+    gluon = gluon_module("gluon_attention", query.device)
+    alike = query.element_size() == 2 and query.dtype == key_pages.dtype == value_pages.dtype
+    even = all(
+        t.data_ptr() % 16 == 0 and not any(n % 8 for n in (*t.stride()[:-1], t.shape[-1]))
+        for t in (query, key_pages, value_pages)
+    )
+    return gluon if alike and even and 32 < query.shape[-1] <= 512 else None
+
+
+def _attend_in_chunks(walk: tuple[Tensor, ...], where: tuple[object, ...], blocks: dict[str, int]) -> None:
+    """The form for many queries."""
+    query, pages = walk[0], where[2]
+    tokens, heads, _ = query.shape
+    assert isinstance(pages, Tensor)
+    config = tuning.configuration("paged_attention", query.element_size(), query.device)
+    # A warp's width of sequences at once: more would need registers that the sums need.
+    block = min(triton.next_power_of_2(len(pages)), 32)
+    _chunk_kernel[((tokens // config["BLOCK_M"] + len(pages)) * heads,)](
+        *walk, *where, **blocks, **config, BLOCK_S=block, enable_fp_fusion=True,
+        PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+    )  # fmt: skip
 
 
 def _attend_in_parts(walk: tuple[Tensor, ...], where: tuple[object, ...], blocks: dict[str, int]) -> None:
     """The form for few queries, and the joining of its parts."""
     query, _, _, y = walk
     tokens, heads, size = query.shape
-    parts = min(MOST_PARTS, triton.next_power_of_2(max(1, PROGRAMS // (tokens * heads))))
-    sums = query.new_empty((tokens, heads, parts, size), dtype=torch.float32)
-    tops, totals = query.new_empty((2, tokens, heads, parts), dtype=torch.float32)
+    parts = max(1, min(MOST_PARTS, PROGRAMS // (tokens * heads)))
+    kept = parts if parts > 1 else 0
+    sums = query.new_empty((tokens, heads, kept, size), dtype=torch.float32)
+    tops, totals = query.new_empty((2, tokens, heads, kept), dtype=torch.float32)
     _part_kernel[(tokens * heads * parts,)](
-        *walk, sums, tops, totals, *where, PARTS=parts, BLOCK_N=PART_BLOCK, **blocks, num_warps=1,
-        enable_fp_fusion=True,
-    )  # fmt: skip
+        *walk, sums, tops, totals, *where, parts, ALONE=parts == 1, **PART, **blocks, enable_fp_fusion=True
+    )
     if parts > 1:
+        most = triton.next_power_of_2(parts)
         _join_kernel[(tokens * heads * triton.cdiv(size, JOINED),)](
-            sums, tops, totals, y, size, PARTS=parts, BLOCK=JOINED, BLOCK_P=min(parts, 32), num_warps=4,
-            enable_fp_fusion=True,
+            sums, tops, totals, y, where[1], heads, size, parts, PARTS=most, BLOCK=JOINED,
+            BLOCK_P=min(most, 32), BLOCK_N=PART["BLOCK_N"], num_warps=4, enable_fp_fusion=True,
+            **launch_options(query.device),
         )  # fmt: skip

@@ -29,7 +29,8 @@ FIRST_INFINITE = tl.constexpr(0x7F800000)
 """Magnitudes of float32 are ordered as their bits; those from here on are infinity and NaN."""
 
 ROUNDER = tl.constexpr(1.5 * 2**23)
-"""Added and taken away again, it rounds numbers below 2 ** 22 to the nearest integer, ties to even."""
+"""Added and taken away again, it rounds numbers below 2 ** 22 to the nearest integer, ties to even. In
+between, the lowest bits are those of the integer, without a conversion."""
 
 
 @triton.jit
@@ -75,10 +76,10 @@ def _of_groups(of_runs, GROUP: tl.constexpr):
 
 @triton.jit
 def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
-    """x (ROWS, CHUNK) float32 -> payload of that shape, int32, and scales (ROWS, CHUNK / RUN).
+    """x (ROWS, CHUNK) float32 -> payload of that shape and scales (ROWS, CHUNK / RUN).
 
-    As `codec_primitives.quantize`, the scale of a group repeated for each of its runs; with codec none, x in
-    DTYPE, and nothing to use as scales.
+    As `codec_primitives.quantize`, the scale of a group repeated for each of its runs. The payload: codes of
+    fp8 as int32, integers + ROUNDER as float32; with codec none, x in DTYPE, and nothing to use as scales.
     """
     if CODEC == NONE:
         payload, scale = x.to(DTYPE), x
@@ -94,25 +95,29 @@ def quantised(x, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr):
             limited = tl.minimum(tl.maximum(scaled, -448.0), 448.0)
             coded = e4m3_code(limited)
         else:
-            LOWEST: tl.constexpr = -127.0 if CODEC == INT8 else -8.0
-            HIGHEST: tl.constexpr = 127.0 if CODEC == INT8 else 7.0
             if CODEC == INT8:
-                step = tl.maximum(over(amax, HIGHEST), SMALLEST_SCALE)
+                step = tl.maximum(over(amax, 127.0), SMALLEST_SCALE)
             else:
                 below = _of_groups(tl.max(-runs, 2), GROUP) == amax
                 step = tl.where(below, amax, -amax) * 0.125
                 step = tl.where(amax * 0.125 < SMALLEST_SCALE, SMALLEST_SCALE, step)
             scaled = runs * tl.div_rn(tl.full(step.shape, 1.0, tl.float32), step)[:, :, None]
-            rounded = (scaled + ROUNDER) - ROUNDER
-            coded = tl.minimum(tl.maximum(rounded, LOWEST), HIGHEST).to(tl.int32)
+            coded = scaled + ROUNDER  # at most 127.0001 or 8.0001 from it: only the 8 is out of range
+            if CODEC == INT4:
+                coded = tl.minimum(coded, ROUNDER + 7.0)
         payload, scale = tl.reshape(coded, x.shape), tl.where(finite, step, float("nan"))
     return payload, scale
 
 
 @triton.jit
 def decoded(payload, scale, CODEC: tl.constexpr):
-    """What others decode of a payload (ROWS, CHUNK) and its scales, bit for bit: (ROWS, CHUNK) float32."""
-    x = of_e4m3_code(payload) if CODEC == FP8 else payload.to(tl.float32)
+    """What a payload (ROWS, CHUNK), made here or loaded, and its scales stand for: (ROWS, CHUNK) float32."""
+    if CODEC == FP8:
+        x = of_e4m3_code(payload)
+    elif CODEC != NONE and payload.dtype == tl.float32:
+        x = payload - ROUNDER
+    else:
+        x = payload.to(tl.float32)
     if CODEC != NONE:
         x = tl.reshape(_runs(x) * scale[:, :, None], x.shape)
     return x
@@ -149,6 +154,8 @@ def store_payload(at, rows, payload, first, width, halves, CODEC: tl.constexpr):
     CHUNK: tl.constexpr = payload.shape[1]
     column = _columns(first, CHUNK, RUN)
     inside = rows[:, None] & (column < width)[None, :]
+    if payload.dtype == tl.float32 and CODEC != NONE:
+        payload = payload.to(tl.int32, bitcast=True)
     if CODEC == NONE:
         typed = at.to(tl.pointer_type(payload.dtype))
         tl.store(typed[:, None] + column[None, :], payload, mask=inside)
@@ -212,7 +219,7 @@ def load_quantised(
     at, rows, first, width, halves, scales_at,
     CHUNK: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """The inverse of `store_quantised`: payload (ROWS, CHUNK), scales (ROWS, CHUNK / RUN), 0 outside."""
+    """What `store_quantised` stored: integers (ROWS, CHUNK), scales (ROWS, CHUNK / RUN), 0 outside."""
     column = _columns(first, CHUNK, RUN)
     inside = rows[:, None] & (column < width)[None, :]
     if CODEC == NONE:

@@ -12,10 +12,6 @@ into chunks, and scanned twice:
 
 from __future__ import annotations
 
-import functools
-import importlib
-from types import ModuleType
-
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +19,7 @@ from torch import Tensor
 
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.gluon_form import choose, serves, streams
+from ssm_dist.kernels.gluon_support import gluon_module
 from ssm_dist.kernels.triton_common import LOG2_E, chunk_of_program, exp2, only_if, silu, softplus
 
 BLOCK = 32
@@ -181,16 +178,6 @@ def scan(
     return y
 
 
-@functools.cache
-def _gluon_form(device: torch.device) -> ModuleType | None:
-    """`gluon_scan`, where the GPU is a Hopper one and Triton has the Gluon that it is compiled with in CI."""
-    if triton.knobs.runtime.interpret or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
-    if not (3, 6) <= tuple(int(n) for n in triton.__version__.split(".")[:2]) <= (3, 9):
-        return None
-    return importlib.import_module("ssm_dist.kernels.gluon_scan")
-
-
 @backend.register("selective_scan", "triton")
 @torch.library.custom_op("ssm_dist::selective_scan", mutates_args=("state",))
 def selective_scan(
@@ -205,7 +192,7 @@ def selective_scan(
         return x.new_empty(x.shape)
     arguments = (x, dt, A_log, B, C, D, z, dt_bias, state, seq_offsets, slots)
     sizes = (x.shape[0], slots.shape[0], x.shape[1])
-    gluon = _gluon_form(x.device)
+    gluon = gluon_module("gluon_scan", x.device)
     if gluon and serves(x, dt, z, B, C):
         return gluon.scan(*arguments, choose(*sizes, streams(x, dt, z, B, C)))
     return scan(*arguments, chunk_tokens(*sizes))

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ssm_dist.kernels import (
+    gluon_attention,
     gluon_scan,
     triton_attention,
     triton_conv,
@@ -35,6 +36,8 @@ from ssm_dist.kernels import (
     triton_update,
     tuning,
 )
+
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 POINTERS = {
     "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
@@ -51,9 +54,9 @@ CONV = {"WIDTH": 4, "HAS_BIAS": True, "BLOCK_S": 256, "state": "*bf16"}
 UPDATE = {"N": 16, "ONE_GROUP": True, "state": "*fp32"}
 NORM = {"HAS_BRANCH": True, "HAS_RESIDUAL": True, "BLOCK": 4096, "eps": "fp32"}
 ROWS = {"ROWS": 4, "BLOCK": 256, "eps": "fp32"}
-HEAD = {"BLOCK": 512, "BLOCK_S": 32, "scale": "fp32", "num_warps": 2}
-PARTS = {"PARTS": 64, "BLOCK_N": 8, "num_warps": 1}
-JOIN = {"PARTS": 64, "BLOCK": 128, "BLOCK_P": 32}
+HEAD = {"PAGE": 16, "BLOCK": 512, "BLOCK_S": 32, "scale": "fp32", "num_warps": 2}
+PARTS = {"BLOCK_N": 8, "STAGES": 4, "ALONE": False, "num_warps": 2}
+JOIN = {"PARTS": 64, "BLOCK": 128, "BLOCK_P": 32, "BLOCK_N": 8}
 SCAN = {
     "N": 16, "BLOCK": triton_scan.BLOCK, "CHUNK": 0, "BLOCK_S": 1, "SUMMARY": False, "state": "*fp32",
     "num_warps": 1,
@@ -81,7 +84,7 @@ class Case(NamedTuple):
 
     kernel: Any
     given: dict[str, Any]
-    """Constants, types of parameters that are not as in POINTERS, and num_warps or num_stages."""
+    """Constants, types of parameters that are not as in POINTERS, and any of LAUNCH_OPTIONS."""
     op: str = ""
     """Whose rows of the tuning table to take the rest from."""
     architectures: tuple[int, ...] = (90, 80)
@@ -102,7 +105,11 @@ KERNELS: dict[str, Case] = {
     ),
     "attention in parts": Case(triton_attention._part_kernel, {**HEAD, **PARTS}),
     "attention joined": Case(triton_attention._join_kernel, JOIN),
-    "attention stored": Case(triton_attention._store_kernel, HEAD),
+    "attention stored": Case(triton_attention._store_kernel, {**HEAD, "HEADS": 4, "num_warps": 8}),
+    "attention in chunks, gluon": Case(
+        gluon_attention.chunk_kernel,
+        {"scale": "fp32", "PAGE": 16, "BLOCK": 512, "M": 64, "N": 64, "num_warps": 8}, "", (90,),
+    ),
     "scan": Case(triton_scan._scan_kernel, SCAN),
     "scan, summary": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512, "SUMMARY": True}, "", (90,)),
     "scan, chunk": Case(triton_scan._scan_kernel, {**SCAN, "CHUNK": 512}, "", (90,)),
@@ -148,7 +155,7 @@ def compiled(
 ) -> CompiledKernel:
     """As the JIT compiles it for sizes and addresses that divide by 16, but for the unaligned ones."""
     options: dict[str, Any] = {"enable_fp_fusion": True}
-    options |= {k: given[k] for k in ("num_warps", "num_stages", "maxnreg") if k in given}
+    options |= {k: given[k] for k in LAUNCH_OPTIONS if k in given}
     types = {p.name: given.get(p.name, TYPES.get(p.name, "i32")) for p in kernel.params}
     constants = {(p.num,): given[p.name] for p in kernel.params if p.is_constexpr}
     aligned = [

@@ -45,6 +45,7 @@ def bulk(codec: str, group: int, ranks: int, with_norm: bool) -> CompiledKernel:
     given = common(torch.bfloat16, ranks, with_norm) | {
         "epochs": "*i32", "CODEC": CODES[codec], "GROUP": group, "CODE": CODE, "FLAGS": 4 * PROGRAMS,
         "ROWS": ROWS, "CHUNK": CHUNK, "num_warps": 4, "maxnreg": MOST_REGISTERS,
+        "enable_fp_fusion": False,
     }  # fmt: skip
     return compiled(bulk_kernel, given, 90)
 

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
-MOST_STACK = 48
-"""Bytes a thread: addresses of the ranks, which loops over chunks do not change."""
+MOST_STACK = 96
+"""Bytes a thread: addresses and the like, which loops over chunks do not change; with four ranks and a codec,
+one of these reads them back in 12 of 322 instructions."""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
