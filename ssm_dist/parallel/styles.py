@@ -19,6 +19,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
+    tp_gather_rows,
 )
 from ssm_dist.parallel.feedback import feeds_back, sum_with_feedback
 from ssm_dist.parallel.interleaving import begin_left_sum, beside
@@ -159,7 +160,7 @@ class ReduceAddNorm(Style):
     """
 
     may_split: bool = False
-    """Only such norms read the residual stream: between them it may stay split over the ranks, by rows."""
+    """Only such norms and `ReduceAdd` read the residual stream: it may stay split over the ranks, by rows."""
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         group, degree, wire = tp.group, tp.degree, tp.reductions.branch
@@ -190,10 +191,13 @@ class ReduceAddNorm(Style):
 
 @dataclass(frozen=True)
 class ReduceAdd(Style):
-    """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it."""
+    """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it.
+
+    A residual stream that norms have left split becomes whole again.
+    """
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        group, wire = tp.group, tp.reductions.branch
+        group, degree, wire = tp.group, tp.degree, tp.reductions.branch
         how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
@@ -202,6 +206,8 @@ class ReduceAdd(Style):
             return beside(lambda: with_sum(branch, residual), group)
 
         def with_sum(branch: Tensor, residual: Tensor) -> Tensor:
+            if len(residual) < len(branch):
+                residual = tp_gather_rows(residual, len(branch), group, degree)
             if not feeds_back(branch, group, tp.reductions, with_norm=False):
                 return residual + tp_all_reduce_spent(branch, group, *how)
             total, added = sum_with_feedback(branch, residual, group, tp.reductions)

@@ -15,6 +15,12 @@ TIMES = 4
 Answers = list[tuple[list[int], list[float]]]
 
 
+def whole_answers(folder: Path) -> Answers:
+    """Those of one GPU."""
+    llm = LLM.from_pretrained(folder, kernels={"backend": "triton"}, compile={"mode": "none"})
+    return [(c.token_ids, c.logprobs) for c in llm.generate(PROMPTS, PARAMS)]
+
+
 def answers(folders: dict[str, Path], algorithm: str) -> dict[str, dict[str, dict[str, list[Answers]]]]:
     """By model, [compile] mode and order of the halves: the same answers several times."""
     return {

@@ -1,4 +1,7 @@
-"""Steps in two halves, whose sums run on a second stream: bits of the same halves one after the other."""
+"""Steps in two halves, whose sums run on a second stream: bits of the same halves one after the other.
+
+With `bulk`, the residual stream is split between the ranks meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.checkpoints import save_checkpoint
-from tests.gpu.halves_on_gpus import TIMES, answers
+from tests.gpu.halves_on_gpus import TIMES, answers, whole_answers
 from tests.ranks import run_on_ranks
 
 GPUS = torch.cuda.device_count()
@@ -24,6 +27,7 @@ def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
     if degree > GPUS:
         pytest.skip(f"needs {degree} GPUs")
     folders = {name: save_checkpoint(name, tmp_path / name) for name in NAMES}
+    alone = {name: whole_answers(folder) for name, folder in folders.items()}
     found = run_on_ranks(degree, answers, folders, algorithm, device="cuda", timeout=300.0)
     for name in NAMES:
         for mode in ("none", "capture"):  # captured steps are padded, and halved elsewhere
@@ -31,3 +35,6 @@ def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
             for rank in found:
                 for way, runs in rank[name][mode].items():
                     assert runs == [expected] * TIMES, (name, mode, way)
+            for (ids, logprobs), (ids_alone, logprobs_alone) in zip(expected, alone[name], strict=True):
+                assert ids == ids_alone
+                assert logprobs == pytest.approx(logprobs_alone, abs=1e-4)

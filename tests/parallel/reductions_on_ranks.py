@@ -6,6 +6,7 @@ import logging.handlers
 import os
 import queue
 import time
+import unittest.mock
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ssm_dist.parallel.collectives import (
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
+    tp_gather_rows,
 )
 
 DEVICE = "cpu"
@@ -140,6 +142,29 @@ def split_residual(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return second, again, stripe[: len(own)], own
 
 
+@torch.inference_mode()
+def stream_made_whole(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A norm, a sum without one and a norm, the residual stream split where it can be; and never split."""
+    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+    from ssm_dist.parallel import styles
+
+    tp, generator = all_ranks(), torch.Generator().manual_seed(7)
+    residual = torch.randn(rows, 24, generator=generator)
+    branches = [Case("normal", rows, 24, torch.float32, "none", 32).part(tp.rank) * n for n in (1, 2, 3)]
+    found: list[Tensor] = []
+    for split in (True, False):
+        norm, add = AddRMSNorm(24, 1e-5), ResidualAdd()
+        torch.nn.init.ones_(norm.weight)
+        styles.ReduceAddNorm(may_split=True).install(norm, tp)
+        styles.ReduceAdd().install(add, tp)
+        with unittest.mock.patch.object(styles, "splits_residual", lambda *_, split=split: split):
+            _, stream = norm(branches[0].clone(), residual)
+            assert (len(stream) < rows) == split
+            whole = add(branches[1].clone(), stream)
+            found += [whole, norm(branches[2].clone(), whole)[0]]
+    return found[0], found[1], found[2], found[3]
+
+
 def check_ops() -> None:
     """torch's own check of the schemas, the fake implementations and functionalisation."""
     tp = all_ranks()
@@ -153,6 +178,7 @@ def check_ops() -> None:
         torch.library.opcheck(tp_all_reduce_add_rms_norm, without, test_utils=checks)
         split = (x, *args[:4], tp.degree, codec, 32)
         torch.library.opcheck(tp_all_reduce_add_rms_norm_split, split, test_utils=checks)
+    torch.library.opcheck(tp_gather_rows, (torch.randn(2, 5), 3, tp.group, tp.degree), test_utils=checks)
 
 
 def compiled_and_eager(codec: str) -> tuple[Tensor, Tensor]:

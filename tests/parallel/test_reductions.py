@@ -14,6 +14,7 @@ from tests.parallel.reductions_on_ranks import (
     fused_and_apart,
     spent_sums,
     split_residual,
+    stream_made_whole,
     strided_sum,
     sums,
     traced_with_shared_memory,
@@ -132,6 +133,14 @@ def test_a_residual_that_stays_split_gives_the_same_norms(
     for split, whole, stripe, own in results:
         assert torch.equal(split, results[0][0])
         assert relative(split, whole) < error and relative(stripe, own) < error
+
+
+@pytest.mark.parametrize(("degree", "rows"), [(2, 6), (3, 7), (4, 6)])
+def test_a_split_residual_becomes_whole_where_a_sum_without_a_norm_needs_it(degree: int, rows: int) -> None:
+    results = run_on_ranks(degree, stream_made_whole, rows)
+    for split, then, whole, expected in results:
+        assert torch.equal(split, results[0][0]) and torch.equal(then, results[0][1])
+        torch.testing.assert_close((split, then), (whole, expected), atol=1e-5, rtol=1e-5)
 
 
 def test_ops_pass_torchs_own_checks() -> None:

@@ -14,7 +14,7 @@ A group travels as a string, since an op takes no process group; `register_group
 """
 
 from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device, wait_for_event
-from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max
+from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max, tp_gather_rows
 from ssm_dist.parallel.collectives.groups import carrier, register_group
 from ssm_dist.parallel.collectives.ops import (
     goes_encoded,
@@ -46,6 +46,7 @@ __all__ = [
     "tp_all_reduce_add_rms_norm_split",
     "tp_all_reduce_spent",
     "tp_all_reduce_with_feedback",
+    "tp_gather_rows",
     "wait_for_device",
     "wait_for_event",
 ]

@@ -1,4 +1,4 @@
-"""What crosses ranks besides sums: gathered columns, maxima, bytes of rank 0."""
+"""What crosses ranks besides sums: gathered columns and rows, maxima, bytes of rank 0."""
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,18 @@ def tp_all_gather(x: Tensor, group: str, degree: int) -> Tensor:
     parts = x.new_empty((degree * x.shape[0], x.shape[1]))
     all_gather(parts, x.contiguous(), group=group_named(group).handle)
     return parts.unflatten(0, (degree, -1)).transpose(0, 1).flatten(1)
+
+
+def _like_rows(x: Tensor, rows: int, group: str, degree: int) -> Tensor:
+    return x.new_empty((rows, x.shape[1]))
+
+
+@operator("tp_gather_rows", fake=_like_rows)
+def tp_gather_rows(x: Tensor, rows: int, group: str, degree: int) -> Tensor:
+    """Every rank's stripe of some rows one after the other: x (ceil(rows / degree), C) -> (rows, C)."""
+    stripes = x.new_empty((degree * x.shape[0], x.shape[1]))
+    all_gather(stripes, x.contiguous(), group=group_named(group).handle)
+    return stripes[:rows]
 
 
 def tp_all_max(x: Tensor, group: str) -> Tensor:

@@ -11,9 +11,6 @@ from ssm_dist.parallel.styles import Colwise, ReduceAdd, ReduceAddNorm, Replicat
 
 ZAMBA_PLAN: Plan = {
     **MAMBA_PLAN,
-    # hybrid layers read the whole residual stream
-    "layers.*.norm": ReduceAddNorm(),
-    "final_norm": ReduceAddNorm(),
     "shared.input_norm": Replicated(),
     "shared.attention.q_proj": Colwise(),
     "shared.attention.k_proj": Colwise(),
