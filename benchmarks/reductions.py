@@ -57,8 +57,28 @@ CODED_BYTES = 3e5
 """Up to them, nothing is quantised."""
 
 
-Replay = Callable[[], float]
-"""Runs several calls and returns the seconds of one."""
+@dataclass
+class Repeated:
+    """Several calls of one way, to be timed together."""
+
+    call: Run
+    """The graph replays on the memory that it holds."""
+    calls: int
+    graph: torch.cuda.CUDAGraph | None
+
+    def seconds(self, group: str, device: torch.device) -> float:
+        """Of one call."""
+        if self.graph is None:
+            begin = time.perf_counter()
+            for _ in range(self.calls):
+                self.call()
+            return (time.perf_counter() - begin) / self.calls
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
+        self.graph.replay()
+        events[1].record()
+        wait_for_device(group, device)
+        return float(events[0].elapsed_time(events[1])) / 1e3 / self.calls
 
 
 @dataclass
@@ -100,7 +120,7 @@ class Bench:
         dist.all_reduce(whole)
         truth = exact(whole)
         del whole
-        graphs: dict[str, Replay] = {}
+        repeated: dict[str, Repeated] = {}
         for name, way in (ways or self.ways(x.nbytes)).items():
             if self.broken and way[2] not in ("nccl", "all_reduce", "exchange"):
                 continue
@@ -108,13 +128,13 @@ class Bench:
             try:
                 run = make(x, self.tp, *way)
                 row[name] = self.checked(run, truth)
-                graphs[name] = self.repeated(run, x.nbytes)
+                repeated[name] = self.repeated(run, x.nbytes)
             except Exception as error:
                 row[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
                 if way[2] not in ("nccl", "all_reduce", "exchange"):
                     self.broken = f"{section} {shape} {name}"
         faulthandler.dump_traceback_later(self.options.case_seconds, exit=True)
-        for name, us in self.microseconds(graphs).items():
+        for name, us in self.microseconds(repeated).items():
             row[name]["us"] = us
         faulthandler.cancel_dump_traceback_later()
         self.rows.append(row)
@@ -133,14 +153,14 @@ class Bench:
         error = float((got.float() - truth).norm() / truth.norm())
         return {"error": error, "same": self.same_on_all_ranks(got)}
 
-    def microseconds(self, replays: dict[str, Replay]) -> dict[str, float]:
+    def microseconds(self, ways: dict[str, Repeated]) -> dict[str, float]:
         """Of a call of each: the median of the repeats on the slowest rank. All take turns, so that what
         disturbs the host for a moment is no single way's."""
-        times: dict[str, list[float]] = {name: [] for name in replays}
+        times: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(self.options.repeats + 2):
-            for name, replay in replays.items():
+            for name, way in ways.items():
                 dist.barrier()
-                times[name].append(1e6 * replay())
+                times[name].append(1e6 * way.seconds(self.tp.group, self.device))
         medians = [statistics.median(repeats[2:]) for repeats in times.values()]
         slowest = torch.tensor(medians, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
@@ -155,33 +175,16 @@ class Bench:
         dist.all_gather(sums, mine)
         return all(torch.equal(mine, other) for other in sums)
 
-    def repeated(self, call: Run, size: int) -> Replay:
-        """Several calls in a graph, or plain ones on a CPU: run them and return the seconds of one."""
-        calls = max(2, min(20, int(64e6 / size))) if self.device.type == "cuda" else 2
+    def repeated(self, call: Run, size: int) -> Repeated:
+        """Several calls in a graph, or plain ones on a CPU."""
         if self.device.type == "cpu":
-
-            def timed() -> float:
-                begin = time.perf_counter()
-                for _ in range(calls):
-                    call()
-                return (time.perf_counter() - begin) / calls
-
-            return timed
-        graph = torch.cuda.CUDAGraph()
+            return Repeated(call, 2, None)
+        graph, calls = torch.cuda.CUDAGraph(), max(2, min(20, int(64e6 / size)))
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             for _ in range(calls):
                 call()
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-
-        def replayed() -> float:
-            events[0].record()
-            graph.replay()
-            events[1].record()
-            wait_for_device(self.tp.group, self.device)
-            return events[0].elapsed_time(events[1]) / 1e3 / calls
-
-        return replayed
+        return Repeated(call, calls, graph)
 
     def write(self, row: dict[str, Any] | None = None) -> None:
         """Print a case, and rewrite the files."""

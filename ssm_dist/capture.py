@@ -16,6 +16,7 @@ from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
 from ssm_dist.graphs import Graphs
 from ssm_dist.parallel.collectives import wait_for_event
+from ssm_dist.prefill import HALVES_FROM
 from ssm_dist.sampling.sampler import Sampler
 from ssm_dist.state_cache import StateCache
 
@@ -38,12 +39,18 @@ def start_engine(loaded: LoadedModel, cache: StateCache, config: Config) -> Engi
         graphs=Graphs(loaded.device) if mode != "none" and loaded.device.type == "cuda" else None,
         compiled=mode == "compile",
         chunk_tokens=config.prefill.chunk_tokens,
-        overlap_tokens=0 if loaded.tp is None else config.prefill.overlap_tokens,
+        overlap_tokens=0 if loaded.tp is None else overlap_tokens(config),
         wait=_bounded_wait(loaded),
     )
     logger.info("compile: mode %s", mode)
     _capture(engine, speaks=loaded.tp is None or loaded.tp.rank == 0)
     return engine
+
+
+def overlap_tokens(config: Config) -> int:
+    """Tokens of a prefill step that several ranks work on in halves; 0: of none."""
+    asked = config.prefill.overlap_tokens
+    return HALVES_FROM[config.reduction.codec != "none"] if asked is None else asked
 
 
 def resolve_mode(section: CompileConfig, loaded: LoadedModel) -> Mode:

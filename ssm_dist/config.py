@@ -138,9 +138,9 @@ class PrefillConfig(Section):
     chunk_tokens: int = Field(16384, strict=True, ge=1)
     """Prompt tokens in one step at most; longer prompts continue from the state."""
 
-    overlap_tokens: int = Field(32768, strict=True, ge=0)
+    overlap_tokens: int | None = Field(None, strict=True, ge=0)
     """With several ranks, a step of so many tokens is worked on in two halves, the sums over ranks of one
-    beside the compute of the other; 0 never."""
+    beside the compute of the other; 0 never; by default 8192, or 32768 where a codec makes sums shorter."""
 
 
 class GenerationConfig(SamplingParams, Section):

@@ -7,6 +7,19 @@ from ssm_dist.kernels.triton_bulk_tiles import add_up, collect, peer, send_parts
 from ssm_dist.kernels.triton_remote import raise_flag, wait_for_flag
 
 
+@triton.jit
+def _send_tile(
+    x, peers, parts_at, rank, tile, rows, width, halves, stripe, row_bytes, scales_at,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """A tile of every other rank's stripe, to its owner."""
+    for other in range(RANKS - 1):
+        send_parts(
+            x, peer(peers, other, RANKS) + parts_at, tile, (rank + 1 + other) % RANKS * stripe, rank * stripe,
+            rows, width, halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
+        )  # fmt: skip
+
+
 # rank: the same code on all ranks, so that their bits agree; the others: nothing to gain from compiling again
 @triton.jit(do_not_specialize=["rank", "residual_row", "rows", "stripe"])
 def bulk_kernel(
@@ -27,16 +40,15 @@ def bulk_kernel(
     epoch = tl.load(epochs + program)
     rounds = tl.cdiv(tl.cdiv(stripe, ROWS) - program, programs)  # the same on all ranks
     failed, own = error.to(tl.int64), peers[RANKS - 1]
+    first = (PHASE >= 0) | (program * 2 < programs)  # the others send last, when these do not use the link
 
     for step in tl.range(0, rounds + 2, disable_licm=True):  # what phases begin with takes too many registers
         tile = program + step * programs
-        if (PHASE <= 0) & (step < rounds):
-            for other in range(RANKS - 1):
-                send_parts(
-                    x, peer(peers, other, RANKS) + parts_at, tile, (rank + 1 + other) % RANKS * stripe,
-                    rank * stripe, rows, width, halves, stripe, row_bytes, scales_at,
-                    CODEC, GROUP, ROWS, CHUNK,
-                )  # fmt: skip
+        if (PHASE <= 0) & (step < rounds) & first:
+            _send_tile(
+                x, peers, parts_at, rank, tile, rows, width, halves, stripe, row_bytes, scales_at,
+                RANKS, CODEC, GROUP, ROWS, CHUNK,
+            )  # fmt: skip
         if (PHASE != 0) & (step > 0):
             for other in range(RANKS - 1):
                 sender = (rank + 1 + other) % RANKS
@@ -55,6 +67,11 @@ def bulk_kernel(
                     y, own + sums_at, tile - 2 * programs, (rank + 1 + other) % RANKS * stripe, rows, width,
                     halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
                 )  # fmt: skip
+        if (PHASE < 0) & (step < rounds) & (not first):
+            _send_tile(
+                x, peers, parts_at, rank, tile, rows, width, halves, stripe, row_bytes, scales_at,
+                RANKS, CODEC, GROUP, ROWS, CHUNK,
+            )  # fmt: skip
         if (PHASE != 2) & (step <= rounds):
             tl.debug_barrier()
             for other in range(RANKS - 1):

@@ -35,6 +35,9 @@ CODES = {"one_shot": 64, "two_shot": 128}
 PIECE = 256
 """Times 16 bytes: a unit of a plain message at most."""
 
+EARLY_ROWS = 1
+"""With a norm of more rows, the next kernel starts at the end and not at once, as after a norm alone."""
+
 
 @dataclass(frozen=True)
 class PushMemory:
@@ -87,7 +90,7 @@ def _push_sum_kernel(
     RANKS: tl.constexpr, TWO_SHOT: tl.constexpr, CODE: tl.constexpr,
     TAKE_PARTS: tl.constexpr, TAKE_SUM: tl.constexpr,
     WITH_NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, PHASE: tl.constexpr,
-    PDL: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one unit, `chunks` times 16 bytes of the message's `all_chunks`.
 
@@ -95,7 +98,8 @@ def _push_sum_kernel(
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PER_CHUNK: tl.constexpr = 4 if DTYPE == tl.float32 else 8  # noqa: SIM300
-    start_next(PDL)
+    if EARLY:
+        start_next(PDL)
     wait_for_inputs(PDL)  # for the counters, too, which the kernel before may be about to change
     unit = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
@@ -204,5 +208,6 @@ def _launch(
             RANKS=memory.ranks, TWO_SHOT=two_shot, CODE=CODES["two_shot" if two_shot else "one_shot"],
             TAKE_PARTS=taking(memory.ranks, x.dtype), TAKE_SUM=taking(1, x.dtype),
             WITH_NORM=weight is not None, HAS_RESIDUAL=residual is not None, BLOCK=block, PHASE=phase,
+            EARLY=weight is None or units <= EARLY_ROWS,
             num_warps=min(16, block // 32), enable_fp_fusion=True, **launch_options(x.device),
         )  # fmt: skip

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from ssm_dist.capture import overlap_tokens
+from ssm_dist.config import Config, ModelConfig, PrefillConfig, ReductionConfig
 from ssm_dist.packing import split
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.scheduler import Chunk, Sequence
@@ -56,3 +58,18 @@ def test_a_split_keeps_every_token_in_its_order(tokens: int) -> None:
         return [(id(c.sequence), place) for c in some for place in range(c.start, c.end)]
 
     assert places([*first, *rest]) == places(chunks)
+
+
+@pytest.mark.parametrize(
+    ("codec", "asked", "expected"),
+    [("none", None, 8192), ("int8", None, 32768), ("none", 0, 0), ("int8", 5, 5)],
+)
+def test_exact_sums_are_hidden_in_shorter_steps_than_quantised_ones(
+    codec: Any, asked: int | None, expected: int
+) -> None:
+    config = Config(
+        model=ModelConfig(preset="mamba-2.8b"),
+        reduction=ReductionConfig(codec=codec),
+        prefill=PrefillConfig(overlap_tokens=asked),
+    )
+    assert overlap_tokens(config) == expected

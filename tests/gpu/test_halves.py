@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.engine.checkpoints import save_checkpoint
-from tests.gpu.halves_on_gpus import TIMES, answers, whole_answers
+from tests.gpu.halves_on_gpus import TIMES, Answers, answers, whole_answers
 from tests.ranks import run_on_ranks
 
 GPUS = torch.cuda.device_count()
@@ -19,15 +19,21 @@ pytestmark = pytest.mark.gpu
 NAMES = ["mamba", "zamba"]
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Answers]]:
+    """Checkpoints, and the answers of one GPU."""
+    folders = {name: save_checkpoint(name, tmp_path_factory.mktemp(name) / "model") for name in NAMES}
+    return folders, {name: whole_answers(folder) for name, folder in folders.items()}
+
+
 @pytest.mark.parametrize("algorithm", ["bulk", "one_shot", "process_group"])
 @pytest.mark.parametrize("degree", [2, 4])
 def test_halves_in_turns_and_captured_give_the_bits_of_one_after_the_other(
-    degree: int, algorithm: str, tmp_path: Path
+    degree: int, algorithm: str, models: tuple[dict[str, Path], dict[str, Answers]]
 ) -> None:
     if degree > GPUS:
         pytest.skip(f"needs {degree} GPUs")
-    folders = {name: save_checkpoint(name, tmp_path / name) for name in NAMES}
-    alone = {name: whole_answers(folder) for name, folder in folders.items()}
+    folders, alone = models
     found = run_on_ranks(degree, answers, folders, algorithm, device="cuda", timeout=300.0)
     for name in NAMES:
         for mode in ("none", "capture"):  # captured steps are padded, and halved elsewhere

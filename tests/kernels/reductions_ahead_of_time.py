@@ -35,7 +35,7 @@ def push(dtype: torch.dtype, ranks: int, two_shot: bool, with_norm: bool, block:
     given = common(dtype, ranks, with_norm) | {
         "counters": "*i32", "TWO_SHOT": two_shot, "CODE": PUSH_CODES["two_shot" if two_shot else "one_shot"],
         "TAKE_PARTS": taking(ranks, dtype), "TAKE_SUM": taking(1, dtype), "BLOCK": block,
-        "PDL": True, "num_warps": min(16, block // 32),
+        "EARLY": True, "PDL": True, "num_warps": min(16, block // 32),
     }  # fmt: skip
     return compiled(_push_sum_kernel, given, 90)
 
