@@ -27,8 +27,8 @@ LEAST_STEP = 64
 
 
 HALVES_FROM = {False: 8192, True: 32768}
-"""Tokens of a step that is worked on in halves, by whether sums are quantised (benchmarks/overlap): exact ones
-take a sixth of a step's time. Halves hide that, and lose some by smaller products."""
+"""Tokens of a step that is worked on in halves, by whether sums are quantised (benchmarks/overlap): exact
+ones take a sixth of a step's time. Halves hide that, and lose some by smaller products."""
 
 
 class Prefill:

@@ -12,9 +12,9 @@ from ssm_dist.kernels.operators import operator
 
 @triton.jit
 def _add_rms_norm_kernel(
-    branch, residual, weight, y, total, branch_row, residual_row, width, eps,
-    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
-    PDL: tl.constexpr,
+    branch, residual, weight, appended, y, total, branch_row, residual_row, appended_row, width, more, eps,
+    HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. The sum is stored only where there was something to add or to widen."""
     if EARLY:
@@ -23,6 +23,9 @@ def _add_rms_norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < width
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    if HAS_MORE:
+        within = column < more
+        gain_of_more = tl.load(weight + width + column, mask=within, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
     value = tl.zeros((BLOCK,), tl.float32)
     if HAS_RESIDUAL:
@@ -30,8 +33,15 @@ def _add_rms_norm_kernel(
     if HAS_BRANCH:
         value += tl.load(branch + row * branch_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * width + column, value, mask=inside)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
-    tl.store(y + row * width + column, (value * scale * gain).to(y.dtype.element_ty), mask=inside)
+    y += row * (width + more) + column
+    squares = value * value
+    if HAS_MORE:
+        others = tl.load(appended + row * appended_row + column, mask=within, other=0.0).to(tl.float32)
+        squares += others * others
+    scale = tl.rsqrt(tl.sum(squares, 0) / (width + more) + eps)
+    tl.store(y, (value * scale * gain).to(y.dtype.element_ty), mask=inside)
+    if HAS_MORE:
+        tl.store(y + width, (others * scale * gain_of_more).to(y.dtype.element_ty), mask=within)
 
 
 @triton.jit
@@ -53,59 +63,61 @@ def _rms_normalize_kernel(
 
 
 def _launch(
-    branch: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
+    branch: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float, appended: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Run the kernel; returns y and, where there is a branch, the stored sum."""
     given = branch if residual is None else residual
-    assert given is not None and all(t is None or t.stride(-1) == 1 for t in (branch, residual))
-    rows, width = given.shape
-    y = given.new_empty(given.shape, dtype=weight.dtype)
+    assert given is not None and all(t is None or t.stride(-1) == 1 for t in (branch, residual, appended))
+    (rows, width), more = given.shape, 0 if appended is None else appended.shape[1]
+    assert len(weight) == width + more
+    y = given.new_empty((rows, width + more), dtype=weight.dtype)
     total = y if branch is None else given.new_empty(given.shape, dtype=torch.float32)
     if rows:
         config = tuning.configuration("add_rms_norm", rows, given.device)
         with torch.cuda.device_of(given):
             _add_rms_norm_kernel[(rows,)](
-                branch, residual, weight, y, total,
-                0 if branch is None else branch.stride(0),
-                0 if residual is None else residual.stride(0), width, eps,
+                branch, residual, weight, appended, y, total,
+                *(0 if t is None else t.stride(0) for t in (branch, residual, appended)), width, more, eps,
                 HAS_BRANCH=branch is not None, HAS_RESIDUAL=residual is not None,
-                BLOCK=triton.next_power_of_2(width), enable_fp_fusion=True, **config,
+                HAS_MORE=appended is not None, BLOCK=triton.next_power_of_2(max(width, more)),
+                enable_fp_fusion=True, **config,
                 **launch_options(given.device),
             )  # fmt: skip
     return y, total
 
 
 def _normalised_and_sum(
-    branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float, appended: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return _normalised(branch, weight, eps), branch.new_empty(branch.shape, dtype=torch.float32)
 
 
-def _normalised(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return residual.new_empty(residual.shape, dtype=weight.dtype)
+def _normalised(residual: Tensor, weight: Tensor, eps: float, appended: Tensor | None = None) -> Tensor:
+    return residual.new_empty((residual.shape[0], weight.shape[0]), dtype=weight.dtype)
 
 
 @operator("add_rms_norm", fake=_normalised_and_sum)
 def _add_and_norm(
-    branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+    branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float, appended: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return _launch(branch, residual, weight, eps)
+    return _launch(branch, residual, weight, eps, appended)
 
 
 @operator("rms_norm", fake=_normalised)
-def _norm(residual: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return _launch(None, residual, weight, eps)[0]
+def _norm(residual: Tensor, weight: Tensor, eps: float, appended: Tensor | None = None) -> Tensor:
+    return _launch(None, residual, weight, eps, appended)[0]
 
 
 @backend.register("add_rms_norm", "triton")
 def add_rms_norm(
-    branch: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
+    branch: Tensor | None, residual: Tensor | None, weight: Tensor, eps: float,
+    appended: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`ssm_dist.kernels.add_rms_norm`; rows must be contiguous."""
     if branch is not None:
-        return _add_and_norm(branch, residual, weight, eps)
+        return _add_and_norm(branch, residual, weight, eps, appended)
     assert residual is not None, "nothing to normalise"
-    return _norm(residual, weight, eps), residual.to(torch.float32)
+    return _norm(residual, weight, eps, appended), residual.to(torch.float32)
 
 
 @backend.register("rms_normalize", "triton")

@@ -17,17 +17,14 @@ class AddRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
 
-    def forward(self, branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """See `kernels.add_rms_norm`: (T, H) each, one may be None; returns (normed, new residual)."""
-        return kernels.add_rms_norm(branch, residual, self.weight, self.eps)
+    def forward(
+        self, branch: Tensor | None, residual: Tensor | None, appended: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """See `kernels.add_rms_norm`: (T, H) each, one may be None; returns (normed, new residual).
 
-
-class ResidualAdd(nn.Module):
-    """The seam without a norm, where a layer needs the whole residual stream itself."""
-
-    def forward(self, branch: Tensor | None, residual: Tensor) -> Tensor:
-        """residual (T, H) float32 plus branch (T, H), or residual itself without a branch."""
-        return residual if branch is None else residual + branch
+        With columns appended to the stream, (T, K), `width` counts them, and the new residual is whole.
+        """
+        return kernels.add_rms_norm(branch, residual, self.weight, self.eps, appended)
 
 
 class Linear(nn.Linear):

@@ -14,7 +14,7 @@ from typing_extensions import Self
 from ssm_dist import kernels
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
-from ssm_dist.models.layers import AddRMSNorm, Linear, ResidualAdd
+from ssm_dist.models.layers import AddRMSNorm, Linear
 from ssm_dist.models.mamba import expansion, require_activation
 from ssm_dist.models.mixer import MambaMixer
 
@@ -166,11 +166,16 @@ class SharedBlock(nn.Module):
         self.ff_norm = AddRMSNorm(config.d_model, config.norm_eps)
         self.mlp = GatedMLP(config.d_model, config.d_mlp)
 
-    def forward(self, residual: Tensor, embedded: Tensor, batch: RaggedBatch, pages: KVPages) -> Tensor:
-        """The residual stream and the word embeddings, each (T, d_model) float32 -> (T, d_model)."""
-        hidden, _ = self.input_norm(None, torch.cat([residual, embedded], dim=-1))
+    def forward(
+        self, branch: Tensor | None, residual: Tensor, embedded: Tensor, batch: RaggedBatch, pages: KVPages
+    ) -> tuple[Tensor, Tensor]:
+        """A branch, the residual stream before it and the word embeddings, each (T, d_model).
+
+        Returns the block's output, (T, d_model), and the residual stream with the branch.
+        """
+        hidden, residual = self.input_norm(branch, residual, embedded)
         hidden, _ = self.ff_norm(self.attention(hidden, batch, pages), None)
-        return self.mlp(hidden)
+        return self.mlp(hidden), residual
 
 
 class ZambaLayer(nn.Module):
@@ -180,7 +185,6 @@ class ZambaLayer(nn.Module):
         super().__init__()
         self.norm = AddRMSNorm(config.d_model, config.norm_eps)
         self.mixer = MambaMixer(config)
-        self.add = ResidualAdd() if hybrid else None
         self.linear = Linear(config.d_model, config.d_model, bias=False) if hybrid else None
 
     def forward(
@@ -194,10 +198,10 @@ class ZambaLayer(nn.Module):
         self, branch: Tensor | None, residual: Tensor, embedded: Tensor, shared: SharedBlock,
         batch: RaggedBatch, state: MixerState, pages: KVPages,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """`forward` of a hybrid layer, which needs the whole residual stream and the word embeddings."""
-        assert self.add is not None and self.linear is not None
-        residual = self.add(branch, residual)
-        hidden, _ = self.norm(self.linear(shared(residual, embedded, batch, pages)), residual)
+        """`forward` of a hybrid layer, which needs the word embeddings, too."""
+        assert self.linear is not None
+        output, residual = shared(branch, residual, embedded, batch, pages)
+        hidden, _ = self.norm(self.linear(output), residual)
         return self.mixer(hidden, batch, state), residual
 
 
@@ -212,8 +216,8 @@ class Zamba(LanguageModel):
 
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
         """See `LanguageModel`."""
-        embedded = self.embedding(batch.tokens).float()
-        branch, residual, sites = None, embedded, iter(state.attention)
+        embedded = self.embedding(batch.tokens)
+        branch, residual, sites = None, embedded.float(), iter(state.attention)
         for layer, mixer in zip(self.layers, state.mixers, strict=True):
             assert isinstance(layer, ZambaLayer)
             if layer.linear is None:

@@ -156,64 +156,43 @@ class Rowwise(Style):
 class ReduceAddNorm(Style):
     """The seam between layers: reduces the branch, adds it to the residual stream, normalises.
 
-    The module has `weight`, `eps` and forward(branch | None, residual | None); see `kernels.add_rms_norm`.
+    The module has `weight`, `eps` and forward(branch | None, residual | None, appended | None); see
+    `kernels.add_rms_norm`. With appended columns, a residual stream that was split becomes whole.
     """
 
     may_split: bool = False
-    """Only such norms and `ReduceAdd` read the residual stream: it may stay split over the ranks, by rows."""
+    """Only such norms read the residual stream: between them it may stay split over the ranks, by rows."""
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         group, degree, wire = tp.group, tp.degree, tp.reductions.branch
         how = (wire.codec, wire.group_size, wire.algorithm)
 
-        def forward(branch: Tensor | None, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        def forward(
+            branch: Tensor | None, residual: Tensor | None, appended: Tensor | None = None
+        ) -> tuple[Tensor, Tensor]:
             weight, eps = weight_of(module), cast(HasEpsilon, module).eps
             if branch is None:
-                return add_rms_norm(None, residual, weight, eps)
-            return beside(lambda: reduced(branch, residual, weight, eps), group)
+                return add_rms_norm(None, residual, weight, eps, appended)
+            return beside(lambda: reduced(branch, residual, weight, eps, appended), group)
 
         def reduced(
-            branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float
+            branch: Tensor, residual: Tensor | None, weight: Tensor, eps: float, appended: Tensor | None
         ) -> tuple[Tensor, Tensor]:
-            if residual is not None and feeds_back(branch, group, tp.reductions, with_norm=True):
+            apart = appended is not None
+            if apart and residual is not None and len(residual) < len(branch):
+                residual = tp_gather_rows(residual, len(branch), group, degree)
+            if residual is not None and feeds_back(branch, group, tp.reductions, with_norm=not apart):
                 total, added = sum_with_feedback(branch, residual, group, tp.reductions)
-                normed, stream = add_rms_norm(total, residual, weight, eps)
+                normed, stream = add_rms_norm(total, residual, weight, eps, appended)
                 added(stream)
                 return normed, stream
             if self.may_split and residual is not None and splits_residual(branch, group, *how):
+                assert not apart, "a norm of more columns needs the whole stream"
                 return tp_all_reduce_add_rms_norm_split(branch, residual, weight, eps, group, degree, *how)
-            if sums_in_place(branch, group, *how):
-                return add_rms_norm(tp_all_reduce_spent(branch, group, *how), residual, weight, eps)
+            if apart or sums_in_place(branch, group, *how):
+                total = tp_all_reduce_spent(branch, group, *how)
+                return add_rms_norm(total, residual, weight, eps, appended)
             return tp_all_reduce_add_rms_norm(branch, residual, weight, eps, group, *how)
-
-        module.forward = forward
-
-
-@dataclass(frozen=True)
-class ReduceAdd(Style):
-    """The seam without a norm: forward(branch | None, residual) reduces the branch and adds it.
-
-    A residual stream that norms have left split becomes whole again.
-    """
-
-    def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        group, degree, wire = tp.group, tp.degree, tp.reductions.branch
-        how = (wire.codec, wire.group_size, wire.algorithm)
-
-        def forward(branch: Tensor | None, residual: Tensor) -> Tensor:
-            if branch is None:
-                return residual
-            return beside(lambda: with_sum(branch, residual), group)
-
-        def with_sum(branch: Tensor, residual: Tensor) -> Tensor:
-            if len(residual) < len(branch):
-                residual = tp_gather_rows(residual, len(branch), group, degree)
-            if not feeds_back(branch, group, tp.reductions, with_norm=False):
-                return residual + tp_all_reduce_spent(branch, group, *how)
-            total, added = sum_with_feedback(branch, residual, group, tp.reductions)
-            stream = residual + total
-            added(stream)
-            return stream
 
         module.forward = forward
 

@@ -239,13 +239,15 @@ def test_add_rms_norm_is_its_definition(dtype: torch.dtype, given: str, rows: in
     branch = packed.to(dtype)[:, :width] if given != "residual" else None
     residual = stream[:, :width].contiguous() if given != "branch" else None
     weight = packed[0, width:].to(dtype)
-    y, total = kernels.add_rms_norm(branch, residual, weight, 1e-5)
-    wide = [None if t is None else t.double() for t in (branch, residual, weight)]
-    with backend.using("reference", "cuda"):
-        expected, expected_total = kernels.add_rms_norm(wide[0], wide[1], wide[2], 1e-5)
-    assert (y.dtype, total.dtype) == (dtype, torch.float32)
-    assert_close(total.double(), expected_total, rtol=1e-6, atol=1e-6)
-    assert relative_error(y, expected) < OUTPUT_ERROR[dtype]
+    for appended in (None, packed.to(dtype)[:, width:]):
+        gain = weight if appended is None else torch.cat([weight, weight])
+        y, total = kernels.add_rms_norm(branch, residual, gain, 1e-5, appended)
+        wide = [None if t is None else t.double() for t in (branch, residual, gain, appended)]
+        with backend.using("reference", "cuda"):
+            expected, expected_total = kernels.add_rms_norm(wide[0], wide[1], wide[2], 1e-5, wide[3])
+        assert (y.dtype, total.dtype) == (dtype, torch.float32)
+        assert_close(total.double(), expected_total, rtol=1e-6, atol=1e-6)
+        assert relative_error(y, expected) < OUTPUT_ERROR[dtype]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,8 +40,8 @@ from ssm_dist.kernels import (
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")
 
 POINTERS = {
-    "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "query", "key", "value", "key_pages",
-              "value_pages", "given"],
+    "*bf16": ["weight", "bias", "x", "y", "dt", "B", "C", "z", "branch", "appended", "query", "key",
+              "value", "key_pages", "value_pages", "given"],
     "*fp32": ["A_log", "D", "skip", "dt_bias", "residual", "total", "ends", "sums", "tops", "totals",
               "parts"],
     "*i32": ["seq_offsets", "slots", "pages", "counters"],
@@ -52,7 +52,7 @@ TYPES = {name: kind for kind, names in POINTERS.items() for name in names}
 
 CONV = {"WIDTH": 4, "HAS_BIAS": True, "BLOCK_S": 256, "state": "*bf16"}
 UPDATE = {"N": 16, "ONE_GROUP": True, "state": "*fp32"}
-NORM = {"HAS_BRANCH": True, "HAS_RESIDUAL": True, "BLOCK": 4096, "eps": "fp32"}
+NORM = {"HAS_BRANCH": True, "HAS_RESIDUAL": True, "HAS_MORE": False, "BLOCK": 4096, "eps": "fp32"}
 ROWS = {"ROWS": 4, "BLOCK": 256, "eps": "fp32"}
 HEAD = {"PAGE": 16, "BLOCK": 512, "BLOCK_S": 32, "scale": "fp32", "num_warps": 2}
 PARTS = {"BLOCK_N": 8, "STAGES": 4, "ALONE": False, "num_warps": 2}
@@ -99,6 +99,9 @@ KERNELS: dict[str, Case] = {
     "causal_conv_update": Case(triton_conv._conv_update_kernel, CONV, "causal_conv_update"),
     "selective_state_update": Case(triton_update._state_update_kernel, UPDATE, "selective_state_update"),
     "add_rms_norm": Case(triton_norm._add_rms_norm_kernel, NORM, "add_rms_norm"),
+    "add_rms_norm, more columns": Case(
+        triton_norm._add_rms_norm_kernel, {**NORM, "HAS_MORE": True}, "add_rms_norm"
+    ),
     "rms_normalize": Case(triton_norm._rms_normalize_kernel, ROWS),
     "attention in chunks": Case(
         triton_attention._chunk_kernel, {**HEAD, "PRECISION": "tf32"}, "paged_attention"

@@ -13,6 +13,7 @@ REGISTERS = {
     ("causal_conv_update", 90): 96, ("causal_conv_update", 80): 120,
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,
+    ("add_rms_norm, more columns", 90): 128, ("add_rms_norm, more columns", 80): 128,
     ("rms_normalize", 90): 64, ("rms_normalize", 80): 64,
     ("attention in chunks", 90): 255, ("attention in chunks", 80): 255,
     ("attention in chunks, gluon", 90): 255,

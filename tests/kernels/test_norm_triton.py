@@ -5,6 +5,7 @@ import torch
 from torch.testing import assert_close
 
 from ssm_dist import kernels
+from ssm_dist.kernels import backend
 from tests.kernels import naive
 from tests.kernels.checks import ROUNDING
 
@@ -25,6 +26,21 @@ def test_add_rms_norm_is_its_definition(dtype: torch.dtype, given: str, tokens: 
     assert (y.dtype, total.dtype) == (dtype, torch.float32)
     assert_close(total.double(), expected, rtol=2e-7, atol=0)
     assert_close(y.double(), naive.rms_norm(expected, 1e-5) * weight.double(), **ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("given", ["branch", "residual", "both"])
+@pytest.mark.parametrize(("width", "more"), [(37, 37), (5, 70), (70, 5)])
+def test_appended_columns_are_normalised_with_the_sum(given: str, width: int, more: int) -> None:
+    branch = torch.randn(3, width).bfloat16() if given != "residual" else None
+    residual = torch.randn(3, width) if given != "branch" else None
+    appended, weight = torch.randn(3, more + 4).bfloat16()[:, 4:], torch.randn(width + more)
+    y, total = kernels.add_rms_norm(branch, residual, weight, 1e-5, appended)
+    expected = sum(t.double() for t in (branch, residual) if t is not None)
+    assert_close(total.double(), expected, rtol=2e-7, atol=0)
+    row = torch.cat([expected, appended.double()], 1)
+    assert_close(y.double(), naive.rms_norm(row, 1e-5) * weight.double(), **ROUNDING[torch.float32])
+    with backend.using("reference", "cpu"):
+        assert_close(y, kernels.add_rms_norm(branch, residual, weight, 1e-5, appended)[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -19,19 +19,19 @@ TEXT = [[(a * i * i + 3 * i) % 90 for i in range(60)] for a in (5, 7, 11, 13, 17
 
 
 def stream_of_many_sums(case: Case, layers: int, fed_back: bool) -> tuple[Tensor, ...]:
-    """A residual stream after many seams, some without a norm, some beside the stream; the exact one.
+    """A residual stream after many seams, some with more columns, some beside the stream; the exact one.
 
     With feedback, this rank's errors of the last sum, too.
     """
-    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
-    from ssm_dist.parallel.styles import ReduceAdd, ReduceAddNorm
+    from ssm_dist.models.layers import AddRMSNorm
+    from ssm_dist.parallel.styles import ReduceAddNorm
 
     wire = Wire(case.codec, case.group_size, "exchange")
     tp = TensorParallel.over_all_ranks("cpu", Reductions(branch=wire, feedback=fed_back))
-    norm, add = AddRMSNorm(case.width, 1e-5).to(case.dtype), ResidualAdd()
-    torch.nn.init.ones_(norm.weight)
-    ReduceAddNorm(may_split=True).install(norm, tp)
-    ReduceAdd().install(add, tp)
+    norm, wider = (AddRMSNorm(width, 1e-5).to(case.dtype) for width in (case.width, 2 * case.width))
+    for module in (norm, wider):
+        torch.nn.init.ones_(module.weight)
+        ReduceAddNorm(may_split=module is norm).install(module, tp)
     generator = torch.Generator().manual_seed(5)
     parts = torch.randn(layers, tp.degree, case.rows, case.width, generator=generator).to(case.dtype)
     stream = torch.randn(case.rows, case.width, generator=generator)
@@ -40,7 +40,7 @@ def stream_of_many_sums(case: Case, layers: int, fed_back: bool) -> tuple[Tensor
         for layer, branches in enumerate(parts):
             exact = exact + branches.double().sum(0)
             if layer % 3 == 1:
-                stream = add(branches[tp.rank], stream)
+                stream = wider(branches[tp.rank], stream, stream)[1]
                 norm(branches[tp.rank] * 7, stream)  # of the stream and something else
             else:
                 stream = norm(branches[tp.rank], stream)[1]
@@ -80,11 +80,11 @@ def wrong_sums_on_cpus(case: Case, calls: int) -> int:
 
 
 def seams_that_feed_back(width: int, lengths: list[int]) -> list[tuple[bool, bool]]:
-    """Of norms, then of sums of some branches, were memory shared: whether it is encoded, and fed back.
+    """Of norms, then of those of more columns, were memory shared: whether it is encoded, and fed back.
 
     Encoded: without feedback, by whatever algorithm. Nothing is summed.
     """
-    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+    from ssm_dist.models.layers import AddRMSNorm
     from ssm_dist.parallel import styles
     from ssm_dist.parallel.collectives.groups import group_named
     from ssm_dist.parallel.collectives.selection import choose
@@ -92,9 +92,9 @@ def seams_that_feed_back(width: int, lengths: list[int]) -> list[tuple[bool, boo
 
     wire = Wire("int4", 32)
     tp = TensorParallel.over_all_ranks("cpu", Reductions(branch=wire, feedback=True))
-    norm, add = AddRMSNorm(width, 1e-5).bfloat16(), ResidualAdd()
-    styles.ReduceAddNorm(may_split=True).install(norm, tp)
-    styles.ReduceAdd().install(add, tp)
+    norm, wider = AddRMSNorm(width, 1e-5).bfloat16(), AddRMSNorm(width + 1, 1e-5).bfloat16()
+    for module in (norm, wider):
+        styles.ReduceAddNorm(may_split=module is norm).install(module, tp)
     fed_back: list[bool] = []
 
     def fed(branch: Tensor, *_: Any) -> tuple[Tensor, Callable[[Tensor], None]]:
@@ -113,10 +113,10 @@ def seams_that_feed_back(width: int, lengths: list[int]) -> list[tuple[bool, boo
     }  # fmt: skip
     try:
         with torch.no_grad(), mock.patch.multiple(styles, **replaced):
-            for with_norm, seam in ((True, norm), (False, add)):
+            for with_norm, seam in ((True, norm), (False, wider)):
                 for length in lengths:
                     branch = torch.ones(length, width, dtype=torch.bfloat16)
-                    seam(branch, branch.float())
+                    seam(branch, branch.float(), *([] if with_norm else [branch[:, :1]]))
                     chosen = choose(group, branch, wire.codec, wire.group_size, "auto", with_norm)
                     encoded.append(chosen in ("bulk", "exchange"))
     finally:

@@ -144,8 +144,8 @@ def split_residual(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 @torch.inference_mode()
 def stream_made_whole(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A norm, a sum without one and a norm, the residual stream split where it can be; and never split."""
-    from ssm_dist.models.layers import AddRMSNorm, ResidualAdd
+    """A norm, one of more columns and a norm, the residual stream split where it can be; and never split."""
+    from ssm_dist.models.layers import AddRMSNorm
     from ssm_dist.parallel import styles
 
     tp, generator = all_ranks(), torch.Generator().manual_seed(7)
@@ -153,15 +153,15 @@ def stream_made_whole(rows: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     branches = [Case("normal", rows, 24, torch.float32, "none", 32).part(tp.rank) * n for n in (1, 2, 3)]
     found: list[Tensor] = []
     for split in (True, False):
-        norm, add = AddRMSNorm(24, 1e-5), ResidualAdd()
-        torch.nn.init.ones_(norm.weight)
-        styles.ReduceAddNorm(may_split=True).install(norm, tp)
-        styles.ReduceAdd().install(add, tp)
+        norm, wider = AddRMSNorm(24, 1e-5), AddRMSNorm(29, 1e-5)
+        for module in (norm, wider):
+            torch.nn.init.ones_(module.weight)
+            styles.ReduceAddNorm(may_split=module is norm).install(module, tp)
         with unittest.mock.patch.object(styles, "splits_residual", lambda *_, split=split: split):
             _, stream = norm(branches[0].clone(), residual)
             assert (len(stream) < rows) == split
-            whole = add(branches[1].clone(), stream)
-            found += [whole, norm(branches[2].clone(), whole)[0]]
+            wide, whole = wider(branches[1].clone(), stream, residual[:, :5])
+            found += [torch.cat([wide, whole], 1), norm(branches[2].clone(), whole)[0]]
     return found[0], found[1], found[2], found[3]
 
 

@@ -136,7 +136,7 @@ def test_a_residual_that_stays_split_gives_the_same_norms(
 
 
 @pytest.mark.parametrize(("degree", "rows"), [(2, 6), (3, 7), (4, 6)])
-def test_a_split_residual_becomes_whole_where_a_sum_without_a_norm_needs_it(degree: int, rows: int) -> None:
+def test_a_split_residual_becomes_whole_where_more_columns_are_normed_with_it(degree: int, rows: int) -> None:
     results = run_on_ranks(degree, stream_made_whole, rows)
     for split, then, whole, expected in results:
         assert torch.equal(split, results[0][0]) and torch.equal(then, results[0][1])

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from ssm_dist.models.layers import AddRMSNorm, PackedLinear, ResidualAdd
+from ssm_dist.models.layers import AddRMSNorm, PackedLinear
 from ssm_dist.models.mixer import HeadwiseExpansion, HeadwiseProjection
 from ssm_dist.parallel import (
     Colwise,
     HeadwiseReduce,
     PackedColwise,
     Plan,
-    ReduceAdd,
     ReduceAddNorm,
     Rowwise,
     VocabParallelEmbedding,
@@ -41,18 +40,18 @@ class Gated(nn.Module):
         return normed
 
 
-class Added(nn.Module):
-    """Two linears and the seam without a norm."""
+class Appended(nn.Module):
+    """Two linears before a norm of the stream and some more columns."""
 
     def __init__(self, width: int, channels: int) -> None:
         super().__init__()
         self.into = nn.Linear(width, channels)
         self.out = nn.Linear(channels, width)
-        self.add = ResidualAdd()
+        self.norm = AddRMSNorm(width + 3, 1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        added: Tensor = self.add(self.out(torch.tanh(self.into(x))), x)
-        return added
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        normed: tuple[Tensor, Tensor] = self.norm(self.out(torch.tanh(self.into(x))), x, x[:, :3])
+        return normed
 
 
 class Heads(nn.Module):
@@ -64,12 +63,12 @@ class Heads(nn.Module):
         self.x_proj = HeadwiseProjection(channels, 5, heads)
         self.dt_proj = HeadwiseExpansion(channels, 5)
         self.out = nn.Linear(channels, width, bias=False)
-        self.add = ResidualAdd()
+        self.norm = AddRMSNorm(width, 1e-5)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         expanded = self.dt_proj(torch.tanh(self.x_proj(self.into(x))))
-        added: Tensor = self.add(self.out(expanded), x)
-        return added
+        normed: tuple[Tensor, Tensor] = self.norm(self.out(expanded), x)
+        return normed
 
 
 class Words(nn.Module):
@@ -104,11 +103,10 @@ def test_packed_columns_then_rows_then_the_reducing_norm(bias: bool, degree: int
 
 
 @each_degree
-def test_columns_then_rows_then_the_reducing_sum(degree: int) -> None:
+def test_columns_then_rows_then_the_reducing_norm_of_more_columns(degree: int) -> None:
     """The bias after the split inputs counts once, not once a rank."""
-    check(
-        Added, (7, 12), {"into": Colwise(), "out": Rowwise(), "add": ReduceAdd()}, degree, torch.randn(3, 7)
-    )
+    plan = {"into": Colwise(), "out": Rowwise(), "norm": ReduceAddNorm()}
+    check(Appended, (7, 12), plan, degree, torch.randn(3, 7))
 
 
 @each_degree
@@ -119,7 +117,7 @@ def test_heads_reduce_among_the_ranks_that_share_them(heads: int, degree: int) -
         "x_proj": HeadwiseReduce(),
         "dt_proj": Colwise(),
         "out": Rowwise(),
-        "add": ReduceAdd(),
+        "norm": ReduceAddNorm(),
     }
     check(Heads, (7, 16, heads), plan, degree, torch.randn(3, 7))
 

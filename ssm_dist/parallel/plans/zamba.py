@@ -7,11 +7,11 @@ instead of two.
 
 from ssm_dist.parallel.plan import Plan
 from ssm_dist.parallel.plans.mamba import MAMBA_PLAN
-from ssm_dist.parallel.styles import Colwise, ReduceAdd, ReduceAddNorm, Replicated, Rowwise
+from ssm_dist.parallel.styles import Colwise, ReduceAddNorm, Replicated, Rowwise
 
 ZAMBA_PLAN: Plan = {
     **MAMBA_PLAN,
-    "shared.input_norm": Replicated(),
+    "shared.input_norm": ReduceAddNorm(),
     "shared.attention.q_proj": Colwise(),
     "shared.attention.k_proj": Colwise(),
     "shared.attention.v_proj": Colwise(),
@@ -20,6 +20,5 @@ ZAMBA_PLAN: Plan = {
     "shared.mlp.gate_proj": Colwise(),
     "shared.mlp.up_proj": Colwise(),
     "shared.mlp.down_proj": Rowwise(),
-    "layers.*.add": ReduceAdd(),
     "layers.*.linear": Replicated(),
 }
