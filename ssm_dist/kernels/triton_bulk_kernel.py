@@ -40,7 +40,8 @@ def bulk_kernel(
     epoch = tl.load(epochs + program)
     rounds = tl.cdiv(tl.cdiv(stripe, ROWS) - program, programs)  # the same on all ranks
     failed, own = error.to(tl.int64), peers[RANKS - 1]
-    first = (PHASE >= 0) | (program * 2 < programs)  # the others send last, when these do not use the link
+    # Half of the programs send last, when the others do not use the link. With a norm, this is slower.
+    first = WITH_NORM | (PHASE >= 0) | (program * 2 < programs)
 
     for step in tl.range(0, rounds + 2, disable_licm=True):  # what phases begin with takes too many registers
         tile = program + step * programs
