@@ -85,6 +85,9 @@ class StateCache:
         self.padding_slot = max_sequences
         """Nobody's slot, and the last page is nobody's page."""
         self._page_table = torch.full((max_sequences + 1, pages), pages, dtype=torch.int32, device=device)
+        pin = device.type == "cuda"
+        self._page_rows = torch.full(self._page_table.shape, pages, dtype=torch.int32, pin_memory=pin)
+        """The same in host memory. A row on its way to the device changes only once its slot is free again."""
         self.max_tokens = pages * PAGE_TOKENS
         self.slot_bytes = slot_bytes(shapes, dtype, state_dtype)
         self.page_bytes = self._kv.nbytes // (pages + 1) if pages else 0
@@ -204,9 +207,10 @@ class StateCache:
     def _enter_pages(self, slot: int) -> None:
         """Show the pages of a slot to the device."""
         if self.paged:
-            nobodys = self._page_table.shape[1]
-            row = self._pages[slot] + [nobodys] * (nobodys - len(self._pages[slot]))
-            self._page_table[slot].copy_(torch.tensor(row, dtype=torch.int32), non_blocking=True)
+            row, mine = self._page_rows[slot], self._pages[slot]
+            row[: len(mine)] = torch.tensor(mine, dtype=torch.int32)
+            row[len(mine) :] = len(row)  # nobody's page
+            self._page_table[slot].copy_(row, non_blocking=True)
 
     def _copy_slot(self, source: int, target: int) -> None:
         self._conv[:, target] = self._conv[:, source]
