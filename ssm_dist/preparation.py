@@ -72,9 +72,9 @@ class Preparer:
         if tp is not None and tp.rank > 0:
             return from_bytes(broadcast_bytes(b"", tp.group, self.loaded.device))
         requests = [self._or_error(read, item, index) for index, item in enumerate(items)]
-        if tp is None:
-            return requests
-        return from_bytes(broadcast_bytes(to_bytes(requests), tp.group, self.loaded.device))
+        if tp is not None:
+            broadcast_bytes(to_bytes(requests), tp.group, self.loaded.device)
+        return requests
 
     def _or_error(
         self, read: Callable[[Item], tuple[Prompt, SamplingParams]], item: Item, index: int

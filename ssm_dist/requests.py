@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 from array import array
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import ValidationError
 
 from ssm_dist.errors import UserError
@@ -31,6 +32,8 @@ class Request:
     token_ids: list[int]
     params: SamplingParams
     error: str | None = None
+    packed: array[int] | None = field(default=None, compare=False, repr=False)
+    """`token_ids` as unsigned numbers of 32 bits; lists of numbers are slow to go through."""
 
 
 def prepare(
@@ -48,21 +51,29 @@ def prepare(
         token_ids = _check_ids(prompt)
     if not token_ids:
         raise UserError("the prompt is empty; give at least one token")
-    for extreme in (min(token_ids), max(token_ids)):
-        if not 0 <= extreme < vocab_size:
-            raise UserError(
-                f"token id {extreme} is out of range; the vocabulary has ids 0 to {vocab_size - 1}"
-            )
+    packed = _packed(token_ids, vocab_size)
     if params.stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this model has none; use max_new_tokens")
-    return Request(index, text, token_ids, params)
+    return Request(index, text, token_ids, params, packed=packed)
+
+
+def _packed(token_ids: list[int], vocab_size: int) -> array[int]:
+    """The ids as in `Request.packed`. Raises `UserError` for one that the vocabulary lacks."""
+    try:
+        packed = array("I", token_ids)
+        if np.frombuffer(packed, np.uint32).max() < vocab_size:
+            return packed
+    except OverflowError:
+        pass
+    extreme = next(n for n in (min(token_ids), max(token_ids)) if not 0 <= n < vocab_size)
+    raise UserError(f"token id {extreme} is out of range; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
 def to_bytes(requests: list[Request]) -> bytes:
     """Requests for other ranks: token ids as they are, behind the rest as JSON, whose size comes first."""
     plain = [_plain(request) | {"token_ids": len(request.token_ids)} for request in requests]
     head = json.dumps(plain).encode()
-    ids = b"".join(array("I", request.token_ids).tobytes() for request in requests)
+    ids = b"".join((request.packed or array("I", request.token_ids)).tobytes() for request in requests)
     return len(head).to_bytes(8, "little") + head + ids
 
 
@@ -72,19 +83,19 @@ def from_bytes(data: bytes) -> list[Request]:
     requests, ids = [], memoryview(data[ids_at:]).cast("I")
     for plain in json.loads(data[8:ids_at]):
         count = plain["token_ids"]
-        requests.append(_of_plain(plain, ids[:count].tolist()))
+        requests.append(_of_plain(plain, array("I", ids[:count].tobytes())))
         ids = ids[count:]
     return requests
 
 
 def _plain(request: Request) -> dict[str, Any]:
-    plain = {field.name: getattr(request, field.name) for field in fields(request)}
+    plain = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "packed"}
     return plain | {"params": request.params.model_dump()}
 
 
-def _of_plain(plain: dict[str, Any], token_ids: list[int]) -> Request:
+def _of_plain(plain: dict[str, Any], packed: array[int]) -> Request:
     params = SamplingParams.model_validate(plain["params"])
-    return Request(**plain | {"params": params, "token_ids": token_ids})
+    return Request(**plain | {"params": params, "token_ids": packed.tolist(), "packed": packed})
 
 
 def request_fields(request: Request) -> dict[str, Any]:
@@ -95,7 +106,7 @@ def request_fields(request: Request) -> dict[str, Any]:
 
 def request_of(plain: dict[str, Any]) -> Request:
     """The request that `request_fields` made plain."""
-    return _of_plain(plain, array("I", base64.b64decode(plain["token_ids"])).tolist())
+    return _of_plain(plain, array("I", base64.b64decode(plain["token_ids"])))
 
 
 def as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:

@@ -87,7 +87,7 @@ class StateCache:
         self._page_table = torch.full((max_sequences + 1, pages), pages, dtype=torch.int32, device=device)
         pin = device.type == "cuda"
         self._page_rows = torch.full(self._page_table.shape, pages, dtype=torch.int32, pin_memory=pin)
-        """The same in host memory. A row on its way to the device changes only once its slot is free again."""
+        """The same in host memory. A row on its way to the device changes no more until its slot is free."""
         self.max_tokens = pages * PAGE_TOKENS
         self.slot_bytes = slot_bytes(shapes, dtype, state_dtype)
         self.page_bytes = self._kv.nbytes // (pages + 1) if pages else 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from array import array
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssm_dist.requests import Request, from_bytes, request_fields, request_of, to_bytes
+from ssm_dist.errors import UserError
+from ssm_dist.requests import Request, from_bytes, prepare, request_fields, request_of, to_bytes
 from ssm_dist.sampling.params import SamplingParams
 
 PARAMS = st.builds(
@@ -31,3 +34,10 @@ def test_a_request_survives_its_way_as_json(request):
 @given(st.lists(REQUESTS, max_size=4))
 def test_requests_survive_their_way_as_bytes(requests):
     assert from_bytes(to_bytes(requests)) == requests
+
+
+def test_ids_that_the_vocabulary_lacks_are_named() -> None:
+    for ids, named in (([3, 50, 4], 50), ([3, -1], -1), ([2**40], 2**40)):
+        with pytest.raises(UserError, match=f"token id {named} is out of range.* ids 0 to 49"):
+            prepare(ids, SamplingParams(), 0, None, 50)
+    assert prepare([0, 49], SamplingParams(), 0, None, 50).packed == array("I", [0, 49])
