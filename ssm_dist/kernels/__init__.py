@@ -1,5 +1,6 @@
 """Floor 1: tensors in, tensors out. One public function an op; `backend` chooses who computes it."""
 
+from ssm_dist.kernels.activation import gated_gelu
 from ssm_dist.kernels.attention import paged_attention
 from ssm_dist.kernels.convolution import causal_conv, causal_conv_update
 from ssm_dist.kernels.linear import linear, project_heads
@@ -10,6 +11,7 @@ __all__ = [
     "add_rms_norm",
     "causal_conv",
     "causal_conv_update",
+    "gated_gelu",
     "linear",
     "paged_attention",
     "project_heads",

@@ -29,6 +29,7 @@ SERVES: dict[str, dict[str, str]] = {
     "decode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "encode_rows_with_feedback": {"triton": "triton", "mamba_ssm": "triton"},
+    "gated_gelu": {"triton": "triton", "mamba_ssm": "triton"},
     "linear": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "project_heads": {"triton": "triton", "mamba_ssm": "triton"},
@@ -45,7 +46,7 @@ MODULES = {
     "reference": (),
     "triton": (
         "triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention", "triton_codecs",
-        "triton_linear", "triton_projected_update",
+        "triton_linear", "triton_projected_update", "triton_activation",
     ),
     "mamba_ssm": ("mamba_ssm_backend",),
 }  # fmt: skip

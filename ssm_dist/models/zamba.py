@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
@@ -153,7 +152,7 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """(T, d_model) -> (T, d_model)."""
-        return self.down_proj(F.gelu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(kernels.gated_gelu(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class SharedBlock(nn.Module):

@@ -260,6 +260,15 @@ def test_rms_normalize_is_its_definition(dtype: torch.dtype, rows: int, width: i
         assert relative_error(kernels.rms_normalize(x, 1e-6), expected) < OUTPUT_ERROR[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 7424), (300, 1024), (3, 37)])
+def test_gated_gelu_is_its_definition(dtype: torch.dtype, rows: int, width: int) -> None:
+    gate, up = (3 * torch.randn(2, rows, width + 16, device="cuda")).to(dtype)[..., :width]
+    with backend.using("reference", "cuda"):
+        expected = kernels.gated_gelu(gate.double(), up.double())
+    assert relative_error(kernels.gated_gelu(gate, up), expected) < OUTPUT_ERROR[dtype]
+
+
 ATTENTIONS = [
     ("decode", [1] * 5, [0, 1, 700, 15, 4100], 2, 464),
     ("one", [1], [4095], 16, 464),

@@ -26,6 +26,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from ssm_dist.kernels import (
     gluon_attention,
     gluon_scan,
+    triton_activation,
     triton_attention,
     triton_conv,
     triton_linear_kernels,
@@ -101,6 +102,10 @@ KERNELS: dict[str, Case] = {
     "add_rms_norm": Case(triton_norm._add_rms_norm_kernel, NORM, "add_rms_norm"),
     "add_rms_norm, more columns": Case(
         triton_norm._add_rms_norm_kernel, {**NORM, "HAS_MORE": True}, "add_rms_norm"
+    ),
+    "gated_gelu": Case(
+        triton_activation._gated_gelu_kernel,
+        {**dict.fromkeys(("gate", "up"), "*bf16"), "BLOCK": 1024, "EARLY": True},
     ),
     "rms_normalize": Case(triton_norm._rms_normalize_kernel, ROWS),
     "attention in chunks": Case(

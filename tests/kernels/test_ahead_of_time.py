@@ -14,6 +14,7 @@ REGISTERS = {
     ("selective_state_update", 90): 128, ("selective_state_update", 80): 80,
     ("add_rms_norm", 90): 128, ("add_rms_norm", 80): 128,
     ("add_rms_norm, more columns", 90): 128, ("add_rms_norm, more columns", 80): 128,
+    ("gated_gelu", 90): 40, ("gated_gelu", 80): 40,
     ("rms_normalize", 90): 64, ("rms_normalize", 80): 64,
     ("attention in chunks", 90): 255, ("attention in chunks", 80): 255,
     ("attention in chunks, gluon", 90): 255,
