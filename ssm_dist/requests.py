@@ -100,7 +100,8 @@ def _of_plain(plain: dict[str, Any], packed: array[int]) -> Request:
 
 def request_fields(request: Request) -> dict[str, Any]:
     """A request as plain data for JSON, which is slow with numbers: the token ids are one string."""
-    token_ids = base64.b64encode(array("I", request.token_ids).tobytes()).decode("ascii")
+    packed = request.packed or array("I", request.token_ids)
+    token_ids = base64.b64encode(packed.tobytes()).decode("ascii")
     return _plain(request) | {"token_ids": token_ids}
 
 
@@ -184,4 +185,4 @@ def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
 def _check_ids(prompt: Any) -> list[int]:
     if not isinstance(prompt, list) or set(map(type, prompt)) - {int}:
         raise UserError("prompt_token_ids must be a list of integers")
-    return prompt
+    return list(prompt)  # the caller's may change while the request runs

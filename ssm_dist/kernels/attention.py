@@ -18,7 +18,8 @@ def paged_attention(
 
     query, key, value:      (T, heads, head_dim) of the packed new tokens.
     key_pages, value_pages: (pages, page_size, heads, head_dim), written in place.
-    seq_offsets: (S + 1,) int32; positions: (T,) int64, place of each token in its whole sequence;
+    seq_offsets: (S + 1,) int32; positions: (T,) int64, place of each token in its whole sequence, which
+    rise by one within it, or are all 0 in a sequence whose output nobody reads;
     pages: (S, P) int32, the page table: token p of sequence s lives in pages[s, p // page_size].
     Returns (T, heads, head_dim). Memory is linear in the context.
     """

@@ -93,7 +93,7 @@ def chunk_kernel(
     value_pages += head * head_stride
     count = gl.minimum(end - first, M)
     place = gl.load(positions + first).to(gl.int32)
-    context = place + count
+    context = gl.load(positions + first + count - 1).to(gl.int32) + 1
 
     dtype: gl.constexpr = query.dtype.element_ty
     Q = gl.allocate_shared_memory(dtype, [M, BLOCK], SHARED)

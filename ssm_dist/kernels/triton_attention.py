@@ -226,14 +226,14 @@ def paged_attention(
         where = (seq_offsets, positions, pages, scale, query.stride(0), query.stride(1), *of_pages)
         if tokens <= sequences:
             _attend_in_parts(walk, where, blocks | few)
-        elif gluon := _gluon_form(*walk):
+        elif gluon := _gluon_form(query, key_pages, value_pages):
             gluon.attend_in_chunks(walk, where, blocks)
         else:
             _attend_in_chunks(walk, where, blocks)
     return y
 
 
-def _gluon_form(query: Tensor, key_pages: Tensor, value_pages: Tensor, y: Tensor) -> ModuleType | None:
+def _gluon_form(query: Tensor, key_pages: Tensor, value_pages: Tensor) -> ModuleType | None:
     """For many queries on Hopper: 16-bit heads of 33 to 512 numbers, 16 of which divide all strides.
 
     That is what the compiler is told of sizes, and asks for to copy 16 bytes at a time.

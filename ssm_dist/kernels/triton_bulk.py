@@ -9,10 +9,11 @@ the same: the bits of all ranks agree.
 
 Programs work in rounds, that the link and the memory are both busy. Program p of g takes the tiles p, p + g,
 p + 2 g, ... of every stripe, on all ranks. In step s it sends its parts of its tile s, adds up tile s - 1 and
-collects tile s - 2: what has just come is still in the cache. It waits for the programs p of the others
-alone, by one flag of each, which counts the steps that they have done; its own count is in its device's
-memory. Steps are as many on all ranks, whatever tiles a call has; a program that a call has no tile for
-counts on no rank.
+collects tile s - 2: what has just come is still in the cache. Without a norm, half of the programs send last
+in their steps, so that the link is not idle while all collect. A program waits for the programs p of the
+others alone, by one flag of each, which counts the steps that they have done; its own count is in its
+device's memory. Steps are as many on all ranks, whatever tiles a call has; a program that a call has no tile
+for counts on no rank.
 
 Why nothing is overwritten before it was read: within a call, every place is written once. A flag is raised
 after all reads and stores of its step, and a step adds up and collects only once the others' flags stand at

@@ -28,12 +28,15 @@ REQUESTS = st.builds(
 
 @given(REQUESTS)
 def test_a_request_survives_its_way_as_json(request):
-    assert request_of(json.loads(json.dumps(request_fields(request)))) == request
+    arrived = request_of(json.loads(json.dumps(request_fields(request))))
+    assert arrived == request and arrived.packed == array("I", request.token_ids)
 
 
 @given(st.lists(REQUESTS, max_size=4))
 def test_requests_survive_their_way_as_bytes(requests):
-    assert from_bytes(to_bytes(requests)) == requests
+    arrived = from_bytes(to_bytes(requests))
+    assert arrived == requests
+    assert [r.packed for r in arrived] == [array("I", r.token_ids) for r in requests]
 
 
 def test_ids_that_the_vocabulary_lacks_are_named() -> None:
@@ -41,3 +44,10 @@ def test_ids_that_the_vocabulary_lacks_are_named() -> None:
         with pytest.raises(UserError, match=f"token id {named} is out of range.* ids 0 to 49"):
             prepare(ids, SamplingParams(), 0, None, 50)
     assert prepare([0, 49], SamplingParams(), 0, None, 50).packed == array("I", [0, 49])
+
+
+def test_a_request_keeps_its_tokens_when_the_callers_list_changes() -> None:
+    ids = [1, 2]
+    request = prepare(ids, SamplingParams(), 0, None, 50)
+    ids.append(3)
+    assert request.token_ids == [1, 2]

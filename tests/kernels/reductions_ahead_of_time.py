@@ -30,12 +30,14 @@ def common(dtype: torch.dtype, ranks: int, with_norm: bool) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def push(dtype: torch.dtype, ranks: int, two_shot: bool, with_norm: bool, block: int) -> CompiledKernel:
+def push(
+    dtype: torch.dtype, ranks: int, two_shot: bool, with_norm: bool, block: int, early: bool = True
+) -> CompiledKernel:
     """The kernel of `triton_push` for sm_90."""
     given = common(dtype, ranks, with_norm) | {
         "counters": "*i32", "TWO_SHOT": two_shot, "CODE": PUSH_CODES["two_shot" if two_shot else "one_shot"],
         "TAKE_PARTS": taking(ranks, dtype), "TAKE_SUM": taking(1, dtype), "BLOCK": block,
-        "EARLY": True, "PDL": True, "num_warps": min(16, block // 32),
+        "EARLY": early, "PDL": True, "num_warps": min(16, block // 32),
     }  # fmt: skip
     return compiled(_push_sum_kernel, given, 90)
 
@@ -58,6 +60,8 @@ def main() -> None:
     ):  # fmt: skip
         found = resources(push(dtype, ranks, two_shot, True, 512))
         print(json.dumps({"kernel": f"push {dtype} {ranks} {two_shot}", **found}), flush=True)
+    late = resources(push(torch.bfloat16, 2, False, True, 512, early=False))
+    print(json.dumps({"kernel": "push, the next kernel late", **late}), flush=True)
     for codec, group, ranks, norm in (
         ("none", 128, 2, True),
         ("none", 128, 4, False),

@@ -57,6 +57,19 @@ def test_attention_rounds_as_its_inputs(dtype: torch.dtype, lengths: list[int], 
     assert_close(y.double(), expected, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("heads", [3, 4, 9])
+def test_several_heads_of_a_token_are_stored_by_one_program(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.import_module("ssm_dist.kernels.triton_attention"), "STORING", 0)
+    inputs = attention_inputs([2, 0, 3], [3, 9, 0], heads, 12, 4, torch.float32)
+    _, keys, values = naive.paged_attention(*inputs)
+    with tuning.forced("paged_attention", SMALL):
+        kernels.paged_attention(*inputs)
+    assert_close(inputs[3].double(), keys, rtol=0, atol=0, equal_nan=True)
+    assert_close(inputs[4].double(), values, rtol=0, atol=0, equal_nan=True)
+
+
 def test_attention_of_views_of_one_projection() -> None:
     inputs = attention_inputs([3], [5], 2, 8, 4, torch.float32)
     packed = torch.stack(inputs[:3], 1)

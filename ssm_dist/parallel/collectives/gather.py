@@ -30,8 +30,10 @@ def _like_rows(x: Tensor, rows: int, group: str, degree: int) -> Tensor:
 @operator("tp_gather_rows", fake=_like_rows)
 def tp_gather_rows(x: Tensor, rows: int, group: str, degree: int) -> Tensor:
     """Every rank's stripe of some rows one after the other: x (ceil(rows / degree), C) -> (rows, C)."""
+    ranks = group_named(group)
+    ranks.next_call()
     stripes = x.new_empty((degree * x.shape[0], x.shape[1]))
-    all_gather(stripes, x.contiguous(), group=group_named(group).handle)
+    all_gather(stripes, x.contiguous(), group=ranks.handle)
     return stripes[:rows]
 
 

@@ -138,6 +138,8 @@ def splits_residual(partial: Tensor, group: str, codec: str, group_size: int, al
     sent last, and rounded, is the normed stream instead of the branch, which is small beside the stream (see
     benchmarks/reduction_fidelity).
     """
+    if not is_registered(group):
+        return False
     ranks = group_named(group)
     if ranks.memory is None or len(partial) < ranks.size:
         return False
