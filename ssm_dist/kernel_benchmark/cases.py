@@ -84,6 +84,7 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
                 yield from (_normalize(model, config.dt_rank, rows) for rows in ROWS)
             if isinstance(config, ZambaConfig):
                 heads, size = config.attention_heads // degree, config.attention_head_dim
+                yield from (_gated_gelu(model, degree, config.d_mlp // degree, rows) for rows in ROWS)
                 yield from (_attention(model, degree, heads, size, *shape) for shape in ATTENTIONS)
 
 
@@ -209,6 +210,13 @@ def _normalize(model: str, width: int, rows: int) -> Case:
         return [_normal(rows, width + 32, device=device)[:, :width], 1e-6]
 
     return Case("rms_normalize", model, 1, rows, 1, width, make, 2 * HALF * rows * width)
+
+
+def _gated_gelu(model: str, degree: int, width: int, rows: int) -> Case:
+    def make(device: torch.device) -> list[Any]:
+        return [_normal(rows, width, device=device) for _ in range(2)]
+
+    return Case("gated_gelu", model, degree, rows, 1, width, make, 3 * HALF * rows * width)
 
 
 def _attention(model: str, degree: int, heads: int, size: int, sequences: int, tokens: int) -> Case:

@@ -100,6 +100,7 @@ def test_the_stream_is_split_where_long_messages_go_over_shared_memory(
     fits: tuple[str, ...] | None, codec: str, rows: int, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ops, "group_named", lambda name: group(2, "nccl", fits))
+    monkeypatch.setattr(ops, "is_registered", lambda name: True)
     assert ops.splits_residual(message(5120 * rows), "g", codec, 128, "auto") is expected
 
 
@@ -148,3 +149,7 @@ def changed(**fields: Any) -> str:
 def test_a_file_that_is_no_table_is_refused_with_its_name(text: str, says: str) -> None:
     with pytest.raises(UserError, match=rf"table\.json is no table of reductions: .*{says}"):
         tables.table_from_json(text, "table.json")
+
+
+def test_simulated_ranks_split_nothing() -> None:
+    assert not ops.splits_residual(message(5120 * 4000), "simulated 0 2", "none", 128, "auto")
