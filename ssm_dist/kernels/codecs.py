@@ -25,6 +25,7 @@ Parts are decoded in float32, to be added up; sums in the dtype of the message, 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal
@@ -78,9 +79,15 @@ def decode_rows(encoded: Tensor, width: int, dtype: torch.dtype, codec: str, gro
     return backend.implementation("decode_rows")(encoded, width, dtype, codec, group_size)
 
 
-def sum_rows(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
-    """parts (ranks, rows, bytes) uint8 -> (rows, bytes): the sum, taken in float32 in order, encoded."""
-    return backend.implementation("sum_rows")(parts, width, dtype, codec, group_size)
+def sum_rows(
+    parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int, own: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:  # fmt: skip
+    """parts (ranks, rows, bytes) uint8 -> (rows, bytes): the sum, taken in float32 in order, encoded.
+
+    own: (rows, width) of `dtype`, which needs no encoding, in the place of parts[rank].
+    """
+    return backend.implementation("sum_rows")(parts, width, dtype, codec, group_size, own, rank)
 
 
 def encode_rows_with_feedback(
@@ -95,14 +102,17 @@ def encode_rows_with_feedback(
 
 
 def sum_rows_with_feedback(
-    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int
-) -> tuple[Tensor, Tensor]:
+    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int,
+    own: Tensor | None = None, rank: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """`sum_rows`, with `error` added to the sum, and the new error: (rows, width) contiguous, of `dtype`.
 
     error and codec as in `encode_rows_with_feedback`. Errors of rows that were never encoded are undefined.
     """
     assert codec != "none"
-    return backend.implementation("sum_rows_with_feedback")(parts, error, width, dtype, codec, group_size)
+    return backend.implementation("sum_rows_with_feedback")(
+        parts, error, width, dtype, codec, group_size, own, rank
+    )
 
 
 @backend.register("encode_rows", "reference")
@@ -137,9 +147,12 @@ def decode_rows_reference(
 
 
 @backend.register("sum_rows", "reference")
-def sum_rows_reference(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
+def sum_rows_reference(
+    parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int, own: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:  # fmt: skip
     """The definition of `sum_rows`."""
-    total = decoded_sum(parts, width, dtype, codec, group_size)
+    total = decoded_sum(parts, width, dtype, codec, group_size, own, rank)
     if codec == "none":
         total = total.to(dtype)
     return encode_rows_reference(total, codec, group_size, len(total))
@@ -156,10 +169,11 @@ def encode_rows_with_feedback_reference(
 
 @backend.register("sum_rows_with_feedback", "reference")
 def sum_rows_with_feedback_reference(
-    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int
-) -> tuple[Tensor, Tensor]:
+    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int,
+    own: Tensor | None = None, rank: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition of `sum_rows_with_feedback`."""
-    total = decoded_sum(parts, width, dtype, codec, group_size)
+    total = decoded_sum(parts, width, dtype, codec, group_size, own, rank)
     encoded, left = _fed_back(total, error, codec, group_size, len(total), decoded_as=dtype)
     return encoded, left.to(dtype)
 
@@ -174,13 +188,17 @@ def _fed_back(
     return encoded, (given - kept.float()).contiguous()
 
 
-def decoded_sum(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
-    """The sum of encoded parts (ranks, rows, bytes), in order: (rows, width) float32."""
+def decoded_sum(
+    parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int, own: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:  # fmt: skip
+    """The sum of parts (ranks, rows, bytes), in order: (rows, width) float32. own, rank: as in `sum_rows`."""
     kind = dtype if codec == "none" else torch.float32
-    total = decode_rows(parts[0], width, kind, codec, group_size).float()
-    for part in parts[1:]:
-        total = total + decode_rows(part, width, kind, codec, group_size)
-    return total
+    terms = [
+        (decode_rows(part, width, kind, codec, group_size) if own is None or place != rank else own).float()
+        for place, part in enumerate(parts)
+    ]
+    return functools.reduce(torch.add, terms)
 
 
 def _primitives() -> ModuleType:

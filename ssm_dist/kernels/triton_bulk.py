@@ -4,8 +4,8 @@ Every rank owns a stripe of the rows. In three phases: a rank encodes the others
 stores each into its owner's memory; the owner decodes what they sent, adds it and its own part up in float32
 in rank order, and stores the encoded sum into the others' memories; they decode it. With a norm, the owner
 adds its rows of the residual stream in between, keeps them, and sends the normed rows: the residual stays
-split over the ranks. What a rank would send itself stays in registers, where it is encoded and decoded all
-the same: the bits of all ranks agree.
+split over the ranks. An owner's own part is not encoded; its sum is decoded where it is made from what it
+sends, so that the bits of all ranks agree.
 
 Programs work in rounds, that the link and the memory are both busy. Program p of g takes the tiles p, p + g,
 p + 2 g, ... of every stripe, on all ranks. In step s it sends its parts of its tile s, adds up tile s - 1 and

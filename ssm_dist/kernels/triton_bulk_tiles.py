@@ -99,15 +99,10 @@ def _load_parts(
 
 @triton.jit
 def _sum_of_parts(
-    own, sent, before, rank,
-    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    own, sent, before, rank, RANKS: tl.constexpr, CODEC: tl.constexpr, HAS_RESIDUAL: tl.constexpr
 ):  # fmt: skip
-    """What `_load_parts` returned, added up: (ROWS, CHUNK) float32.
-
-    The own part is what the others would decode of it, had it been sent to them.
-    """
-    payload, scale = quantised(own.to(tl.float32), CODEC, GROUP, own.dtype)
-    own = decoded(payload, scale, CODEC)
+    """What `_load_parts` returned, added up: (ROWS, CHUNK) float32."""
+    own = own.to(tl.float32)
     value = own
     for other in tl.static_range(RANKS - 1):  # in rank order, and the own part in its place
         payload, scale = sent[other]
@@ -164,7 +159,7 @@ def add_up(
             )  # fmt: skip
         for ahead in tl.static_range(AHEAD):
             own, sent, before = loaded[ahead]
-            value = _sum_of_parts(own, sent, before, rank, RANKS, CODEC, GROUP, HAS_RESIDUAL)
+            value = _sum_of_parts(own, sent, before, rank, RANKS, CODEC, HAS_RESIDUAL)
             first = begin + ahead * CHUNK
             if WITH_NORM:
                 column, inside = _chunk(first, width, CHUNK)

@@ -57,23 +57,29 @@ def _encode_kernel(
     _keep_error(left, value, payload, scale, cell, inside, CODEC, FEEDBACK, tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "rank"])
 def _sum_kernel(
-    parts, error, total, left, rows, width, halves, row_bytes, scales_at,
-    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, HAS_ERROR: tl.constexpr,
-    FEEDBACK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, DTYPE: tl.constexpr,
+    parts, own, error, total, left, rows, width, halves, own_row, rank, row_bytes, scales_at,
+    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, HAS_OWN: tl.constexpr,
+    HAS_ERROR: tl.constexpr, FEEDBACK: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
     """One program: one tile of the sum, from RANKS tiles. error, left: (rows, width), before and after."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * CHUNK
     column = first + tl.arange(0, CHUNK)
-    exists, at = row < rows, parts + row * row_bytes
+    exists = row < rows
     inside = exists[:, None] & (column < width)[None, :]
     cell = row[:, None] * width + column[None, :]
-    value = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
-    for rank in tl.static_range(1, RANKS):
-        part = parts + (row + rank * rows) * row_bytes
-        value += load_decoded(part, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
+    if HAS_OWN:
+        mine = tl.load(own + row[:, None] * own_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = tl.zeros((ROWS, CHUNK), tl.float32)
+    for place in tl.static_range(RANKS):
+        at = parts + (row + place * rows) * row_bytes
+        part = load_decoded(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE)
+        if HAS_OWN:
+            part = tl.where(rank == place, mine, part)
+        value = part if place == 0 else value + part
     value = _with_error(value, error, cell, inside, HAS_ERROR)
     payload, scale = quantised(value, CODEC, GROUP, DTYPE)
     to = total + row * row_bytes
@@ -146,34 +152,40 @@ def _feedback(error: Tensor | None, left: Tensor | None) -> dict[str, bool]:
 
 
 @backend.register("sum_rows", "triton")
-def sum_rows(parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int) -> Tensor:
-    """`ssm_dist.kernels.codecs.sum_rows`; parts must be contiguous."""
-    return _sum(parts, None, None, width, dtype, codec, group_size)
+def sum_rows(
+    parts: Tensor, width: int, dtype: torch.dtype, codec: str, group_size: int, own: Tensor | None = None,
+    rank: int = 0,
+) -> Tensor:  # fmt: skip
+    """`ssm_dist.kernels.codecs.sum_rows`; parts must be contiguous, and rows of own."""
+    return _sum(parts, own, rank, None, None, width, dtype, codec, group_size)
 
 
 @backend.register("sum_rows_with_feedback", "triton")
 def sum_rows_with_feedback(
-    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int
-) -> tuple[Tensor, Tensor]:
-    """`ssm_dist.kernels.codecs.sum_rows_with_feedback`; parts and error must be contiguous."""
+    parts: Tensor, error: Tensor | None, width: int, dtype: torch.dtype, codec: str, group_size: int,
+    own: Tensor | None = None, rank: int = 0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`ssm_dist.kernels.codecs.sum_rows_with_feedback`; parts, error and rows of own must be contiguous."""
     left = torch.empty(parts.shape[1], width, dtype=dtype, device=parts.device)
-    return _sum(parts, error, left, width, dtype, codec, group_size), left
+    return _sum(parts, own, rank, error, left, width, dtype, codec, group_size), left
 
 
 def _sum(
-    parts: Tensor, error: Tensor | None, left: Tensor | None, width: int, dtype: torch.dtype, codec: str,
-    group_size: int,
+    parts: Tensor, own: Tensor | None, rank: int, error: Tensor | None, left: Tensor | None, width: int,
+    dtype: torch.dtype, codec: str, group_size: int,
 ) -> Tensor:  # fmt: skip
     """The encoded sum of parts, with feedback where `left` is there to fill."""
-    assert parts.is_contiguous()
+    assert parts.is_contiguous() and (own is None or own.stride(1) == 1)
     layout = row_layout(width, dtype, codec, group_size)
     total = torch.empty_like(parts[0])
     ranks, rows, _ = parts.shape
     with torch.cuda.device_of(parts):
         _sum_kernel[tiles(rows, width)](
-            parts, error, total, left, rows, width, (width + 1) // 2, layout.bytes, layout.scales,
-            RANKS=ranks, CODEC=CODES[codec], GROUP=group_size, **_feedback(error, left),
-            ROWS=ROWS, CHUNK=CHUNK, DTYPE=triton_type(dtype), num_warps=4, enable_fp_fusion=False,
+            parts, own, error, total, left, rows, width, (width + 1) // 2,
+            0 if own is None else own.stride(0), rank, layout.bytes, layout.scales,
+            RANKS=ranks, CODEC=CODES[codec], GROUP=group_size, HAS_OWN=own is not None,
+            **_feedback(error, left), ROWS=ROWS, CHUNK=CHUNK, DTYPE=triton_type(dtype), num_warps=4,
+            enable_fp_fusion=False,
         )  # fmt: skip
     return total
 

@@ -195,7 +195,8 @@ def _codec_differences(case: Case, device: torch.device) -> list[str]:
         with backend.using(name, device):
             parts = torch.stack([encode_rows(part, *layout[2:], case.rows) for part in x])
             decoded = torch.stack([decode_rows(part, *layout) for part in parts])
-            return {"decoded": decoded, "sum": decode_rows(sum_rows(parts, *layout), *layout)}
+            sums = (sum_rows(parts, *layout), sum_rows(parts, *layout, x[1], 1))
+            return {"decoded": decoded, "sum": torch.stack([decode_rows(total, *layout) for total in sums])}
 
     ours, theirs = results("triton"), results("reference")
     return [

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssm_dist.kernels.codecs import decode_rows, encode_rows, sum_rows
+
 QUANTISED = [("int8", 32), ("int8", 128), ("fp8", 32), ("fp8", 128), ("int4", 32)]
 CODECS = [("none", 128), *QUANTISED]
 
@@ -47,3 +49,15 @@ def reduction_bound(parts: Tensor, codec: str, group_size: int, dtype: torch.dty
     again = error_bound(total.abs() + sent, codec, group_size, (total.abs() - sent).clamp(min=0))
     rounding = torch.finfo(dtype).eps / 2 * (total.abs() + sent + again) + torch.finfo(dtype).tiny
     return sent + again + rounding
+
+
+def sum_by_codec_ops(parts: Tensor, codec: str, group_size: int) -> Tensor:
+    """What all ranks hold of the sum of parts (ranks, rows, width); each owns a stripe of the rows."""
+    ranks, rows, width = parts.shape
+    layout, stripe = (width, parts.dtype, codec, group_size), -(-rows // ranks)
+    sent = torch.stack([encode_rows(part, codec, group_size, rows) for part in parts])
+    sums = []
+    for rank, first in enumerate(range(0, rows, stripe)):
+        own = slice(first, first + stripe)
+        sums.append(sum_rows(sent[:, own].contiguous(), *layout, parts[rank, own], rank))
+    return torch.cat([decode_rows(total, *layout) for total in sums])

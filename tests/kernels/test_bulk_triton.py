@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ssm_dist.kernels import backend, norm
-from ssm_dist.kernels.codecs import decode_rows, encode_rows, row_layout, sum_rows
+from ssm_dist.kernels.codecs import decode_rows, encode_rows, row_layout
+from tests.kernels.codec_bounds import sum_by_codec_ops
 from tests.kernels.playing_ranks import BulkRanks
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -28,11 +29,8 @@ def in_phases(ranks: int, call: Callable[[int, int], Any]) -> list[Any]:
 
 def defined_sum(parts: Tensor, codec: str, group_size: int) -> Tensor:
     """What the definitions of the codecs make of it."""
-    _, rows, width = parts.shape
     with backend.using("reference"):
-        sent = torch.stack([encode_rows(part, codec, group_size, rows) for part in parts])
-        total = sum_rows(sent, width, parts.dtype, codec, group_size)
-        return decode_rows(total, width, parts.dtype, codec, group_size)
+        return sum_by_codec_ops(parts, codec, group_size)
 
 
 @pytest.mark.parametrize(("ranks", "rows", "width"), [(2, 1, 40), (2, 19, 600), (3, 7, 37), (4, 21, 130)])
@@ -66,9 +64,12 @@ def test_the_owners_add_their_rows_of_the_residual_and_send_the_norm(
     residual, weight, stripe = torch.randn(rows, width), torch.randn(width), -(-rows // ranks)
     padded = torch.nn.functional.pad(residual, (0, 0, 0, ranks * stripe - rows))
     with backend.using("reference"):
-        sent = [encode_rows(part, codec, group_size, rows) for part in parts]
         layout = (width, torch.float32, codec, group_size)
-        stream = sum(decode_rows(part, *layout) for part in sent) + (residual if given != "none" else 0)
+        sent = torch.stack([decode_rows(encode_rows(part, *layout[2:], rows), *layout) for part in parts])
+        for rank in range(ranks):
+            own = slice(rank * stripe, (rank + 1) * stripe)
+            sent[rank, own] = parts[rank, own]
+        stream = sent.sum(0) + (residual if given != "none" else 0)
         normed = norm.add_rms_norm_reference(None, stream, weight, 1e-5)[0]
         expected = decode_rows(encode_rows(normed, codec, group_size, rows), *layout)
     totals = [torch.full((stripe, width), torch.nan) for _ in range(ranks)]

@@ -95,6 +95,16 @@ def test_a_sum_is_taken_in_float32_in_order_and_encoded_again(codec: str, group_
     assert torch.equal(sum_rows(parts, 99, torch.float32, codec, group_size), expected)
 
 
+@each_codec
+def test_a_part_that_was_not_encoded_enters_the_sum_as_it_is(codec: str, group_size: int) -> None:
+    x = torch.randn(3, 4, 99)
+    parts = torch.stack([encode_rows(part, codec, group_size, 4) for part in x])
+    parts[1] = 255  # not looked at
+    ends = [decode_rows(parts[rank], 99, torch.float32, codec, group_size) for rank in (0, 2)]
+    expected = encode_rows(ends[0] + x[1] + ends[1], codec, group_size, 4)
+    assert torch.equal(sum_rows(parts, 99, torch.float32, codec, group_size, x[1], 1), expected)
+
+
 @each_dtype
 @each_quantised
 def test_with_feedback_the_error_is_encoded_too_and_what_that_drops_is_kept(

@@ -61,10 +61,12 @@ def test_decoding_and_sums_give_the_definitions_bits(
 ) -> None:
     layout = (width, torch.float32, codec, group_size)
     parts = torch.stack([encode_rows(torch.randn(rows, width), codec, group_size, rows) for _ in range(3)])
-    x, total = decode_rows(parts[1], *layout), sum_rows(parts, *layout)
-    with backend.using("reference"):
-        assert torch.equal(x, decode_rows(parts[1], *layout))
-        assert torch.equal(written(total, *layout), written(sum_rows(parts, *layout), *layout))
+    x, own = decode_rows(parts[1], *layout), torch.randn(rows, width + 3)[:, 3:]
+    for given in ((), (own, 1), (own, 2)):
+        total = sum_rows(parts, *layout, *given)
+        with backend.using("reference"):
+            assert torch.equal(x, decode_rows(parts[1], *layout))
+            assert torch.equal(written(total, *layout), written(sum_rows(parts, *layout, *given), *layout))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -10,9 +10,6 @@ import pytest
 
 MOST_STACK = 48
 """Bytes a thread: addresses of the ranks, which loops over chunks do not change."""
-MORE = {"bulk int8 4 True": 96, "bulk int4 4 False": 88}
-"""With four ranks and a codec; 12 of 322 instructions of a loop read them back. Rounding by conversions left
-more registers, and took a fifth more instructions."""
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
@@ -23,8 +20,7 @@ def test_they_compile_and_as_many_fit_on_a_multiprocessor_as_wait_for_each_other
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     found = {row["kernel"]: row for row in map(json.loads, output.splitlines())}
-    spilled = {name: row["stack"] for name, row in found.items() if row["stack"] > MORE.get(name, MOST_STACK)}
-    assert len(found) == 11 and not spilled, found
+    assert len(found) == 11 and all(row["stack"] <= MOST_STACK for row in found.values()), found
     assert all(
         row["registers"] <= triton_bulk.MOST_REGISTERS
         for name, row in found.items()

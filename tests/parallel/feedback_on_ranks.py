@@ -62,12 +62,15 @@ def wrong_sums(tp: TensorParallel, case: Case, calls: int, device: str | torch.d
             rows, of_parts[rank] = encode_rows_with_feedback(
                 part, of_parts[rank], codec, group_size, tp.degree * stripe
             )
+            of_parts[rank][rank * stripe : (rank + 1) * stripe] = 0  # type: ignore[index]
             sent.append(rows.unflatten(0, (tp.degree, stripe)))
         sums = []
         for owner in range(tp.degree):
             stripes = torch.stack([rows[owner] for rows in sent])
+            own = parts[owner][owner * stripe : (owner + 1) * stripe]
+            own = torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
             encoded, of_sums[owner] = sum_rows_with_feedback(
-                stripes, of_sums[owner], case.width, case.dtype, codec, group_size
+                stripes, of_sums[owner], case.width, case.dtype, codec, group_size, own, owner
             )
             sums.append(decode_rows(encoded, case.width, case.dtype, codec, group_size))
         wrong += not torch.equal(total, torch.cat(sums)[: case.rows])

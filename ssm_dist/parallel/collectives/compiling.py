@@ -50,5 +50,6 @@ def compile_sum(x: Tensor, group: str, ranks: int, codec: str, group_size: int, 
         return
     stripe = -(-len(x) // ranks)
     sent = encode_rows(x, codec, group_size, ranks * stripe)
-    mine = sum_rows(sent.unflatten(0, (ranks, stripe)), x.shape[1], x.dtype, codec, group_size)
+    parts = sent.unflatten(0, (ranks, stripe))
+    mine = sum_rows(parts, x.shape[1], x.dtype, codec, group_size, x[:stripe])
     decode_rows(mine, x.shape[1], x.dtype, codec, group_size)

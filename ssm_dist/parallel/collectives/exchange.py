@@ -1,8 +1,8 @@
 """Two-shot over the process group, with a codec: for gloo, and for NCCL where ranks share no memory.
 
-Every rank owns a stripe of the rows. All encode all their rows and send each stripe to its owner; the owner
-decodes them, sums in float32 in rank order, and encodes the sum; all gather the encoded sums and decode them,
-the owner its own like the others. So all ranks decode the same bytes.
+Every rank owns a stripe of the rows. All encode their rows and send each stripe to its owner; the owner
+decodes them, but for its own part, which it has, sums in float32 in rank order, and encodes the sum; all
+gather the encoded sums and decode them, the owner its own, too. So all ranks decode the same bytes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def all_reduce(x: Tensor, call: Call, in_place: bool = False) -> Tensor:
 def exchange(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
     """The sum of every rank's x (rows, width), with both trips encoded; of x's dtype."""
     rows, width = x.shape
-    mine = sum_rows(_parts(x, call, codec, group_size), width, x.dtype, codec, group_size)
+    parts, own = _parts(x, call, codec, group_size), _own_rows(x, call)
+    mine = sum_rows(parts, width, x.dtype, codec, group_size, own, call.group.rank)
     return decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
 
 
@@ -59,7 +60,9 @@ def exchange_with_feedback(
     part_error, sum_error = errors or (None, None)
     sent, of_part = encode_rows_with_feedback(x, part_error, codec, group_size, _in_stripes(rows, call))
     parts = _to_owners(sent, call)
-    mine, of_sum = sum_rows_with_feedback(parts, sum_error, width, x.dtype, codec, group_size)
+    own, rank = _own_rows(x, call), call.group.rank
+    of_part[rank * len(own) : (rank + 1) * len(own)] = 0  # these rows are not encoded on their way
+    mine, of_sum = sum_rows_with_feedback(parts, sum_error, width, x.dtype, codec, group_size, own, rank)
     total = decode_rows(_gathered(mine, call)[:rows], width, x.dtype, codec, group_size)
     return total, (of_part, of_sum)
 
@@ -69,13 +72,12 @@ def exchange_add_rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """As `triton_bulk.bulk_sum_add_rms_norm`: owners add their rows of the residual, and send the norm."""
     rows, width = x.shape
-    total = decoded_sum(_parts(x, call, codec, group_size), width, x.dtype, codec, group_size)
-    stripe, own = len(total), None
+    parts, rank = _parts(x, call, codec, group_size), call.group.rank
+    total = decoded_sum(parts, width, x.dtype, codec, group_size, _own_rows(x, call), rank)
+    stripe = len(total)
     if residual is not None:
-        first = call.group.rank * stripe if len(residual) == rows else 0
-        own = residual[first : first + stripe]
-        own = torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
-    normed, stream = add_rms_norm(total, own, weight, eps)
+        residual = _own_rows(residual, call) if len(residual) == rows else residual[:stripe]
+    normed, stream = add_rms_norm(total, residual, weight, eps)
     gathered = _gathered(encode_rows(normed, codec, group_size, stripe), call)
     return decode_rows(gathered[:rows], width, weight.dtype, codec, group_size), stream
 
@@ -83,6 +85,13 @@ def exchange_add_rms_norm(
 def _parts(x: Tensor, call: Call, codec: str, group_size: int) -> Tensor:
     """What every rank sends of this rank's stripe: (ranks, stripe, bytes)."""
     return _to_owners(encode_rows(x, codec, group_size, _in_stripes(x.shape[0], call)), call)
+
+
+def _own_rows(x: Tensor, call: Call) -> Tensor:
+    """Those of x (rows, width) that this rank owns: (stripe, width), zeros past the end."""
+    stripe = _in_stripes(len(x), call) // call.group.size
+    own = x[call.group.rank * stripe :][:stripe]
+    return torch.nn.functional.pad(own, (0, 0, 0, stripe - len(own)))
 
 
 def _in_stripes(rows: int, call: Call) -> int:
