@@ -145,7 +145,7 @@ class Run:
     def add(self, request: Request) -> None:
         """Queue a request that can run; its index must differ from those of all that are active."""
         assert request.error is None and request.index not in self._active
-        sequence = Sequence(request.index, request.token_ids, request.params, request.packed)
+        sequence = Sequence(request.index, request.token_ids, request.params)
         self._active[request.index] = sequence
         self._scheduler.add(sequence)
         if self._tokenizer is not None:

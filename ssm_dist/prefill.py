@@ -25,7 +25,6 @@ PARTS = 8
 LEAST_STEP = 64
 """Tokens between two of them at least: fewer take as long, since the weights are read all the same."""
 
-
 HALVES_FROM = {False: 8192, True: 32768}
 """Tokens of a step that is worked on in halves, by whether sums are quantised (benchmarks/overlap): exact
 ones take a sixth to an eighth of a step's time, which halves hide. Quantised ones need more programs beside

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import base64
+import functools
 import json
 from array import array
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,11 @@ class Request:
     token_ids: list[int]
     params: SamplingParams
     error: str | None = None
-    packed: array[int] | None = field(default=None, compare=False, repr=False)
-    """`token_ids` as unsigned numbers of 32 bits; lists of numbers are slow to go through."""
+
+    @functools.cached_property
+    def packed(self) -> array[int]:
+        """`token_ids` as unsigned numbers of 32 bits; lists of numbers are slow to go through."""
+        return array("I", self.token_ids)
 
 
 def prepare(
@@ -51,21 +55,22 @@ def prepare(
         token_ids = _check_ids(prompt)
     if not token_ids:
         raise UserError("the prompt is empty; give at least one token")
-    packed = _packed(token_ids, vocab_size)
+    request = Request(index, text, token_ids, params)
+    _check_range(request, vocab_size)
     if params.stop and tokenizer is None:
         raise UserError("stop strings need a tokenizer, and this model has none; use max_new_tokens")
-    return Request(index, text, token_ids, params, packed=packed)
+    return request
 
 
-def _packed(token_ids: list[int], vocab_size: int) -> array[int]:
-    """The ids as in `Request.packed`. Raises `UserError` for one that the vocabulary lacks."""
+def _check_range(request: Request, vocab_size: int) -> None:
+    """Raise `UserError` for an id that the vocabulary lacks."""
     try:
-        packed = array("I", token_ids)
-        if np.frombuffer(packed, np.uint32).max() < vocab_size:
-            return packed
-    except OverflowError:
+        if np.frombuffer(request.packed, np.uint32).max() < vocab_size:
+            return
+    except OverflowError:  # below 0, or of more than 32 bits
         pass
-    extreme = next(n for n in (min(token_ids), max(token_ids)) if not 0 <= n < vocab_size)
+    ids = request.token_ids
+    extreme = next(n for n in (min(ids), max(ids)) if not 0 <= n < vocab_size)
     raise UserError(f"token id {extreme} is out of range; the vocabulary has ids 0 to {vocab_size - 1}")
 
 
@@ -73,7 +78,7 @@ def to_bytes(requests: list[Request]) -> bytes:
     """Requests for other ranks: token ids as they are, behind the rest as JSON, whose size comes first."""
     plain = [_plain(request) | {"token_ids": len(request.token_ids)} for request in requests]
     head = json.dumps(plain).encode()
-    ids = b"".join((request.packed or array("I", request.token_ids)).tobytes() for request in requests)
+    ids = b"".join(request.packed.tobytes() for request in requests)
     return len(head).to_bytes(8, "little") + head + ids
 
 
@@ -83,31 +88,30 @@ def from_bytes(data: bytes) -> list[Request]:
     requests, ids = [], memoryview(data[ids_at:]).cast("I")
     for plain in json.loads(data[8:ids_at]):
         count = plain["token_ids"]
-        requests.append(_of_plain(plain, array("I", ids[:count].tobytes())))
+        requests.append(_of_plain(plain, ids[:count].tolist()))
         ids = ids[count:]
     return requests
 
 
 def _plain(request: Request) -> dict[str, Any]:
-    plain = {f.name: getattr(request, f.name) for f in fields(request) if f.name != "packed"}
+    plain = {field.name: getattr(request, field.name) for field in fields(request)}
     return plain | {"params": request.params.model_dump()}
 
 
-def _of_plain(plain: dict[str, Any], packed: array[int]) -> Request:
+def _of_plain(plain: dict[str, Any], token_ids: list[int]) -> Request:
     params = SamplingParams.model_validate(plain["params"])
-    return Request(**plain | {"params": params, "token_ids": packed.tolist(), "packed": packed})
+    return Request(**plain | {"params": params, "token_ids": token_ids})
 
 
 def request_fields(request: Request) -> dict[str, Any]:
     """A request as plain data for JSON, which is slow with numbers: the token ids are one string."""
-    packed = request.packed or array("I", request.token_ids)
-    token_ids = base64.b64encode(packed.tobytes()).decode("ascii")
+    token_ids = base64.b64encode(request.packed.tobytes()).decode("ascii")
     return _plain(request) | {"token_ids": token_ids}
 
 
 def request_of(plain: dict[str, Any]) -> Request:
     """The request that `request_fields` made plain."""
-    return _of_plain(plain, array("I", base64.b64decode(plain["token_ids"])))
+    return _of_plain(plain, array("I", base64.b64decode(plain["token_ids"])).tolist())
 
 
 def as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:

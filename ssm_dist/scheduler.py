@@ -15,7 +15,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +31,6 @@ class Sequence:
     """The request that it answers."""
     prompt_ids: list[int]
     params: SamplingParams
-    packed: array[int] | None = None
-    """`prompt_ids` as in `Request.packed`, where they are at hand."""
     slot: int = -1
     computed: int = 0
     """Tokens of the prompt that the state has absorbed."""
@@ -45,8 +42,6 @@ class Sequence:
     @functools.cached_property
     def prompt(self) -> Tensor:
         """`prompt_ids` as int64 in host memory, made when the first step reads some of them."""
-        if self.packed is not None:
-            return torch.from_numpy(np.frombuffer(self.packed, np.uint32).astype(np.int64))
         return torch.frombuffer(array("q", self.prompt_ids), dtype=torch.int64)
 
     @property

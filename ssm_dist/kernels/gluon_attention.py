@@ -11,8 +11,6 @@ What bounds it is the L2 cache, which gives a multiprocessor about 45 bytes a na
 two bytes for every 128 operations, which makes 380 TFLOP/s.
 """
 
-from typing import Any
-
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -23,9 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from ssm_dist.kernels.triton_common import LOG2_E
+
 CHUNK = 64
 """Queries of a program, and keys that it looks at together."""
-LOG2_E = gl.constexpr(1.4426950408889634)
 LANES = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 """A vector of 32 that every warp holds."""
 
@@ -149,9 +148,11 @@ def chunk_kernel(
     gl.store(y + cell, acc.to(dtype), mask=(m < count)[:, None] & (n < size)[None, :])
 
 
-def attend_in_chunks(walk: tuple[Tensor, ...], where: tuple[Any, ...], blocks: dict[str, int]) -> None:
+def attend_in_chunks(
+    walk: tuple[Tensor, ...], where: tuple[object, ...], blocks: dict[str, int], sequences: int
+) -> None:
     """Launch `chunk_kernel` on its first arguments, and on those that follow."""
     tokens, heads, _ = walk[0].shape
-    chunk_kernel[((tokens // CHUNK + len(where[2])) * heads,)](
+    chunk_kernel[((tokens // CHUNK + sequences) * heads,)](
         *walk, *where, **blocks, M=CHUNK, N=CHUNK, num_warps=8, enable_fp_fusion=True
     )

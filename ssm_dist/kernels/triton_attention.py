@@ -22,7 +22,7 @@ from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.gluon_support import gluon_module
 from ssm_dist.kernels.operators import operator
-from ssm_dist.kernels.triton_common import chunk_of_program, exp2, factor, sequence_of
+from ssm_dist.kernels.triton_common import LOG2_E, chunk_of_program, exp2, factor, sequence_of
 
 PROGRAMS = 528
 """Of few queries, 4 a multiprocessor: each has asked for STAGES - 1 times BLOCK_N tokens of context ahead."""
@@ -32,8 +32,6 @@ JOINED = 128
 """Numbers of a head that one joining program sums."""
 STORING = 4096
 """Tokens and heads from which on one program stores several of them."""
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -227,9 +225,9 @@ def paged_attention(
         if tokens <= sequences:
             _attend_in_parts(walk, where, blocks | few)
         elif gluon := _gluon_form(query, key_pages, value_pages):
-            gluon.attend_in_chunks(walk, where, blocks)
+            gluon.attend_in_chunks(walk, where, blocks, sequences)
         else:
-            _attend_in_chunks(walk, where, blocks)
+            _attend_in_chunks(walk, where, blocks, sequences)
     return y
 
 
@@ -247,15 +245,16 @@ def _gluon_form(query: Tensor, key_pages: Tensor, value_pages: Tensor) -> Module
     return gluon if alike and even and 32 < query.shape[-1] <= 512 else None
 
 
-def _attend_in_chunks(walk: tuple[Tensor, ...], where: tuple[object, ...], blocks: dict[str, int]) -> None:
+def _attend_in_chunks(
+    walk: tuple[Tensor, ...], where: tuple[object, ...], blocks: dict[str, int], sequences: int
+) -> None:
     """The form for many queries."""
-    query, pages = walk[0], where[2]
+    query = walk[0]
     tokens, heads, _ = query.shape
-    assert isinstance(pages, Tensor)
     config = tuning.configuration("paged_attention", query.element_size(), query.device)
     # A warp's width of sequences at once: more would need registers that the sums need.
-    block = min(triton.next_power_of_2(len(pages)), 32)
-    _chunk_kernel[((tokens // config["BLOCK_M"] + len(pages)) * heads,)](
+    block = min(triton.next_power_of_2(sequences), 32)
+    _chunk_kernel[((tokens // config["BLOCK_M"] + sequences) * heads,)](
         *walk, *where, **blocks, **config, BLOCK_S=block, enable_fp_fusion=True,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
     )  # fmt: skip

@@ -74,11 +74,10 @@ def exchange_add_rms_norm(
     rows, width = x.shape
     parts, rank = _parts(x, call, codec, group_size), call.group.rank
     total = decoded_sum(parts, width, x.dtype, codec, group_size, _own_rows(x, call), rank)
-    stripe = len(total)
-    if residual is not None:
-        residual = _own_rows(residual, call) if len(residual) == rows else residual[:stripe]
+    if residual is not None and len(residual) == rows:
+        residual = _own_rows(residual, call)
     normed, stream = add_rms_norm(total, residual, weight, eps)
-    gathered = _gathered(encode_rows(normed, codec, group_size, stripe), call)
+    gathered = _gathered(encode_rows(normed, codec, group_size, len(total)), call)
     return decode_rows(gathered[:rows], width, weight.dtype, codec, group_size), stream
 
 
