@@ -133,7 +133,7 @@ def _onward(pointers, steps):
 
 
 @gluon.jit
-def _open(sources, rows, start, group_channels, tokens, STAGES: gl.constexpr, OUTPUT: gl.constexpr):
+def open_tiles(sources, rows, start, group_channels, tokens, STAGES: gl.constexpr, OUTPUT: gl.constexpr):
     """Start copying the first tiles, from sources: pointers to x, dt, z of the first token and group, B, C.
 
     A tile in shared memory, in words of two numbers: x of eight tokens, then dt; B, then C in the order in
@@ -184,15 +184,13 @@ def _open(sources, rows, start, group_channels, tokens, STAGES: gl.constexpr, OU
 
 @gluon.jit
 def stream(
-    s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
+    s, tiles, A, y, y_row, bias, skip, lane, tokens,
     HALF: gl.constexpr, STAGES: gl.constexpr, EXTRA: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """As `gluon_warp.advance`, from pointers to x, dt and z of the first token and group, B and C."""
+    """As `gluon_warp.advance`, from what `open_tiles` gave."""
     LANES: gl.constexpr = lanes(1)
-    _, i, start, inside = lane
-    buffers, pointers, steps, filled, channels = _open(
-        sources, rows, start, group_channels, tokens, STAGES, OUTPUT
-    )
+    _, i, _, inside = lane
+    buffers, pointers, steps, filled, channels = tiles
     inputs, matrices, gates = buffers
     zero = gl.zeros_like(bias[0])
     passed = (zero, zero)
