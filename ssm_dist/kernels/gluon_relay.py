@@ -24,12 +24,12 @@ from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.gluon_form import SCHEDULERS, Form
 from ssm_dist.kernels.gluon_item import item_at, load_states, opened, scanned, store_states
 
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the latter
+_barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # Triton 3.6 has the latter
 
 
 @gluon.jit(do_not_specialize=["sequences", "items", "pieces", "piece_tokens", "group_blocks"])
 def relay_kernel(
-    x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, between, line,
+    x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, between, progress,
     sequences, items, pieces, piece_tokens, channels, group_channels, group_blocks,
     x_row, dt_row, z_row, B_row, B_group, C_row, C_group, state_slot,
     N: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr,
@@ -37,19 +37,13 @@ def relay_kernel(
     """One program: pieces of 16 channels of a sequence, until none of `items` is left.
 
     A sequence's last piece goes to its end, however far that is. between: (sequences, D, N), states;
-    line: zeros, items drawn, pieces handed on, and these in their order: item + 1, once it can be read.
+    progress: zeros, how many pieces are done of each sequence's blocks of channels, then the next item.
     """
     HALF: gl.constexpr = y.dtype.element_ty == gl.float16
     blocks = group_blocks * (channels // group_channels)
     chains = sequences * blocks
-    drawn = gl.atomic_add(line, 1, sem="relaxed")
-    while drawn < items:
-        item = drawn
-        if drawn >= chains:
-            item = gl.atomic_add(line + (2 + drawn - chains), 0, sem="relaxed") - 1
-            while item < 0:
-                item = gl.atomic_add(line + (2 + drawn - chains), 0, sem="relaxed") - 1
-            item = gl.atomic_add(line + (2 + drawn - chains), 0, sem="acquire") - 1
+    item = gl.atomic_add(progress + chains, 1, sem="relaxed")
+    while item < items:
         piece = item // chains
         chain = item % chains
         sequence = chain // blocks
@@ -57,7 +51,8 @@ def relay_kernel(
         last = gl.load(seq_offsets + sequence + 1)
         begin = first + piece * piece_tokens
         end = gl.where(piece == pieces - 1, last, gl.minimum(begin + piece_tokens, last))
-        if piece < pieces:
+        item = gl.atomic_add(progress + chains, 1, sem="relaxed")
+        if begin < end:
             tokens = end - begin
             lane, channel, parameters, sources, rows, output = item_at(
                 x, dt, z, A_log, B, C, skip, dt_bias, y, begin.to(gl.int64), chain % blocks,
@@ -71,23 +66,20 @@ def relay_kernel(
             handed = between + (sequence.to(gl.int64) * channels * N + cell)
             s = load_states(kept, inside & (piece == 0), N)
             if piece > 0:
+                while gl.atomic_add(progress + chain, 0, sem="acquire") < piece:
+                    pass
                 s = load_states(handed, inside, N)
-            s, passed = scanned(
+            s, _ = scanned(
                 s, ahead, lane, parameters, sources, rows, output, channels, tokens,
                 N, HALF, 1, EXTRA, STAGES, True,
             )  # fmt: skip
             async_copy.wait_group(0)  # what is under way beyond the end
             if end == last:
                 store_states(kept, s, inside, N)
-                for _ in range(piece + 1, pieces):
-                    place = gl.atomic_add(line + 1, 1, sem="relaxed")
-                    gl.atomic_xchg(line + (2 + place), items + 1, sem="relaxed")
             else:
                 store_states(handed, s, inside, N)
-                barrier()
-                place = gl.atomic_add(line + 1, 1, sem="relaxed")
-                gl.atomic_xchg(line + (2 + place), item + chains + 1, sem="release")
-        drawn = gl.atomic_add(line, 1, sem="relaxed")
+                _barrier()
+                gl.atomic_add(progress + chain, 1, sem="release")
 
 
 def relay(
@@ -103,10 +95,10 @@ def relay(
     chains = sequences * groups * group_blocks
     piece_tokens = 8 * -(-tokens // (8 * sequences * form.pieces))
     between = state.new_empty((sequences, channels, states), dtype=torch.float32)
-    line = slots.new_zeros(2 + chains * (form.pieces - 1))
+    progress = slots.new_zeros(chains + 1)
     with torch.cuda.device_of(x):
         launched = relay_kernel[(min(chains * form.pieces, SCHEDULERS * -(-chains // SCHEDULERS)),)](
-            x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, between, line,
+            x, dt, z, A_log, B, C, D, dt_bias, y, state, seq_offsets, slots, between, progress,
             sequences, chains * form.pieces, form.pieces, piece_tokens, channels, channels // groups, group_blocks,
             x.stride(0), dt.stride(0), z.stride(0), B.stride(0), B.stride(1), C.stride(0), C.stride(1),
             state.stride(0), N=states, EXTRA=form.extra, STAGES=form.stages,
