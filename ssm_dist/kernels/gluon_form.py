@@ -29,8 +29,6 @@ class Form:
     """Most registers a thread, which also makes the compiler use so many."""
     cut: int = 0
     """Tokens that the first chunk of a sequence is shorter by: it is scanned while others are summarised."""
-    pieces: int = 0
-    """Of a whole sequence, one after the other by whichever program is free; 0: by one program. With stages."""
 
 
 def serves(x: Tensor, dt: Tensor, z: Tensor, B: Tensor, C: Tensor) -> bool:

@@ -23,9 +23,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_form import Form
-from ssm_dist.kernels.gluon_item import item_at, load_states, opened, scanned, store_states
-from ssm_dist.kernels.gluon_relay import relay
-from ssm_dist.kernels.gluon_warp import shuffle
+from ssm_dist.kernels.gluon_stream import stream
+from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
 
 
 @gluon.jit
@@ -47,13 +46,32 @@ def _find_item(seq_offsets, sequences, item, chunk, cut):
 
 
 @gluon.jit
+def _load_states(pointer, inside, N: gl.constexpr):
+    """A lane's states of its two channels, by channel, tile and column; pointer: its first."""
+    H: gl.constexpr = N // 8
+    s = ()
+    for k in gl.static_range(4 * H):
+        at = pointer + (k // (2 * H) * N + k % 2 * H + k // 2 % H)
+        s += (gl.load(at, mask=inside, other=0.0).to(gl.float32),)
+    return s
+
+
+@gluon.jit
+def _store_states(pointer, s, inside, N: gl.constexpr):
+    H: gl.constexpr = N // 8
+    for k in gl.static_range(4 * H):
+        at = pointer + (k // (2 * H) * N + k % 2 * H + k // 2 % H)
+        gl.store(at, s[k].to(pointer.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
 def _load_summaries(ends, sums, left, inside, channels, N: gl.constexpr):
     """End states and sums of dt of four items; where there are not as many, what leaves a state as it is."""
     states, passed = (), ()
     for j in gl.static_range(4):
         real = inside & (j < left)
         passed += ((gl.load(sums, mask=real, other=0.0), gl.load(sums + 1, mask=real, other=0.0)),)
-        states += (load_states(ends, real, N),)
+        states += (_load_states(ends, real, N),)
         ends += channels * N
         sums += channels
     return states, passed
@@ -63,7 +81,7 @@ def _load_summaries(ends, sums, left, inside, channels, N: gl.constexpr):
 def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
     """The state after `earlier` summarised items; the first one, at the pointers, began from the slot."""
     H: gl.constexpr = N // 8
-    s = load_states(ends, inside, N)
+    s = _load_states(ends, inside, N)
     ends += channels * N
     sums += channels
     ahead = _load_summaries(ends, sums, earlier - 1, inside, channels, N)
@@ -80,6 +98,23 @@ def _fold(ends, sums, earlier, A, inside, channels, N: gl.constexpr):
     return s
 
 
+@gluon.jit
+def _advance(
+    s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens, N: gl.constexpr,
+    HALF: gl.constexpr, DEPTH: gl.constexpr, EXTRA: gl.constexpr, STAGES: gl.constexpr, OUTPUT: gl.constexpr,
+):  # fmt: skip
+    if STAGES:
+        s, passed = stream(
+            s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
+            HALF, STAGES, EXTRA, OUTPUT,
+        )  # fmt: skip
+    else:
+        s, passed = advance(
+            s, A, sources, rows, y, y_row, bias, skip, lane, tokens, N, HALF, DEPTH, EXTRA, OUTPUT
+        )
+    return s, passed
+
+
 @gluon.jit(do_not_specialize=["sequences", "items", "chunk", "cut", "group_blocks"])
 def scan_kernel(
     x, dt, z, A_log, B, C, skip, dt_bias, y, state, seq_offsets, slots, ends, sums,
@@ -89,6 +124,7 @@ def scan_kernel(
     STAGES: gl.constexpr, CHUNKED: gl.constexpr, SECOND: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One program: an item, 16 channels of a group a warp. Summaries: ends (items, D, N), sums (items, D)."""
+    LANES: gl.constexpr = lanes(WARPS)
     HALF: gl.constexpr = y.dtype.element_ty == gl.float16
     blocks = group_blocks * (channels // group_channels)
     item = gl.program_id(0) // blocks
@@ -120,60 +156,89 @@ def scan_kernel(
             gdc_wait()
         return
 
+    thread = gl.arange(0, 32 * WARPS, LANES)
+    g = thread % 8
+    i = thread // 8 % 4
+    start = block % group_blocks * (16 * WARPS)
+    within = start + thread // 32 * 16 + 2 * g
+    inside = within < group_channels
+    channel = group * group_channels + within
+    cell = channel * N + i * (N // 4)
     token = begin.to(gl.int64)
     tokens = end - begin
-    lane, channel, parameters, sources, rows, output = item_at(
-        x, dt, z, A_log, B, C, skip, dt_bias, y, token, block, channels, group_channels, group_blocks,
-        x_row, dt_row, z_row, B_row, B_group, C_row, C_group, N, WARPS, STAGES,
-    )  # fmt: skip
-    inside = lane[3]
-    cell = channel * N + lane[1] * (N // 4)
+    rows = (x_row, dt_row, z_row, B_row, C_row)
+    sources = (
+        x + token * x_row + group * group_channels,
+        dt + token * dt_row + group * group_channels,
+        z + token * z_row + group * group_channels,
+        B + token * B_row + group * B_group,
+        C + token * C_row + group * C_group,
+    )
+    if not STAGES:
+        sources = (
+            x + token * x_row + (i * x_row + channel),
+            dt + token * dt_row + (i * dt_row + channel),
+            z + token * z_row + (i * z_row + channel),
+            B + token * B_row + group * B_group + (i * B_row + N // 8 * g),
+            C + token * C_row + group * C_group + ((g // 2 + g % 2 * 4) * C_row + N // 4 * i),
+        )
+    bias = (
+        gl.load(dt_bias + channel, mask=inside, other=0.0).to(gl.float32),
+        gl.load(dt_bias + channel + 1, mask=inside, other=0.0).to(gl.float32),
+    )
+    through = (
+        gl.load(skip + channel, mask=inside, other=0.0).to(gl.float32),
+        gl.load(skip + channel + 1, mask=inside, other=0.0).to(gl.float32),
+    )
+    logarithms = _load_states(A_log + cell, inside, N)
+    A = ()
+    for k in gl.static_range(N // 2):
+        A += (gl.exp(logarithms[k]) * -LOG2_E,)
     state += gl.load(slots + sequence).to(gl.int64) * state_slot + cell
+    lane = (g, i, start, inside)
+    y += token * channels + (i * channels + channel)
     ends += item.to(gl.int64) * channels * N + cell
     sums += item.to(gl.int64) * channels + channel
 
     if CHUNKED and not SECOND:
         if begin == first:
-            s = load_states(state, inside, N)
-            ahead = opened(lane, sources, rows, group_channels, tokens, STAGES, True)
-            s, passed = scanned(
-                s, ahead, lane, parameters, sources, rows, output, channels, tokens,
+            s = _load_states(state, inside, N)
+            s, passed = _advance(
+                s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
                 N, HALF, DEPTH, EXTRA, STAGES, True,
             )  # fmt: skip
             if end == last:
-                store_states(state, s, inside, N)
+                _store_states(state, s, inside, N)
             else:
-                store_states(ends, s, inside, N)
+                _store_states(ends, s, inside, N)
         else:
-            ahead = opened(lane, sources, rows, group_channels, tokens, STAGES, False)
             s = ()
             for k in gl.static_range(N // 2):
-                s += (gl.zeros_like(parameters[0][k]),)
-            s, passed = scanned(
-                s, ahead, lane, parameters, sources, rows, output, channels, tokens,
+                s += (gl.zeros_like(A[k]),)
+            s, passed = _advance(
+                s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
                 N, HALF, DEPTH, EXTRA, STAGES, False,
             )  # fmt: skip
-            store_states(ends, s, inside, N)
+            _store_states(ends, s, inside, N)
             for b in gl.static_range(2):
                 half = passed[b] + shuffle(passed[b], "bfly", 1)
-                gl.store(sums + b, half + shuffle(half, "bfly", 2), mask=inside & (lane[1] == 0))
+                gl.store(sums + b, half + shuffle(half, "bfly", 2), mask=inside & (i == 0))
     else:
         if SECOND:
             if PDL:
                 gdc_wait()
             s = _fold(
                 ends - place.to(gl.int64) * channels * N, sums - place.to(gl.int64) * channels, place + 1,
-                parameters[0], inside, channels, N,
+                A, inside, channels, N,
             )  # fmt: skip
         else:
-            s = load_states(state, inside, N)
-        ahead = opened(lane, sources, rows, group_channels, tokens, STAGES, True)
-        s, passed = scanned(
-            s, ahead, lane, parameters, sources, rows, output, channels, tokens,
+            s = _load_states(state, inside, N)
+        s, passed = _advance(
+            s, A, sources, rows, y, channels, bias, through, lane, group_channels, tokens,
             N, HALF, DEPTH, EXTRA, STAGES, True,
         )  # fmt: skip
         if end == last:
-            store_states(state, s, inside, N)
+            _store_states(state, s, inside, N)
 
 
 def scan(
@@ -181,8 +246,6 @@ def scan(
     state: Tensor, seq_offsets: Tensor, slots: Tensor, form: Form,
 ) -> Tensor:  # fmt: skip
     """`selective_scan` in that form, for inputs that it `serves`."""
-    if form.pieces:
-        return relay(x, dt, A_log, B, C, D, z, dt_bias, state, seq_offsets, slots, form)
     (tokens, channels), (_, groups, states), sequences = x.shape, B.shape, slots.shape[0]
     y = x.new_empty(tokens, channels)
     items = (tokens + sequences * form.cut) // form.chunk if form.chunk else 0

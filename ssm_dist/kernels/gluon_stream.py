@@ -133,7 +133,7 @@ def _onward(pointers, steps):
 
 
 @gluon.jit
-def open_tiles(sources, rows, start, group_channels, tokens, STAGES: gl.constexpr, OUTPUT: gl.constexpr):
+def _open(sources, rows, start, group_channels, tokens, STAGES: gl.constexpr, OUTPUT: gl.constexpr):
     """Start copying the first tiles, from sources: pointers to x, dt, z of the first token and group, B, C.
 
     A tile in shared memory, in words of two numbers: x of eight tokens, then dt; B, then C in the order in
@@ -184,13 +184,15 @@ def open_tiles(sources, rows, start, group_channels, tokens, STAGES: gl.constexp
 
 @gluon.jit
 def stream(
-    s, tiles, A, y, y_row, bias, skip, lane, tokens,
+    s, A, sources, rows, y, y_row, bias, skip, lane, group_channels, tokens,
     HALF: gl.constexpr, STAGES: gl.constexpr, EXTRA: gl.constexpr, OUTPUT: gl.constexpr,
 ):  # fmt: skip
-    """As `gluon_warp.advance`, from what `open_tiles` gave."""
+    """As `gluon_warp.advance`, from pointers to x, dt and z of the first token and group, B and C."""
     LANES: gl.constexpr = lanes(1)
-    _, i, _, inside = lane
-    buffers, pointers, steps, filled, channels = tiles
+    _, i, start, inside = lane
+    buffers, pointers, steps, filled, channels = _open(
+        sources, rows, start, group_channels, tokens, STAGES, OUTPUT
+    )
     inputs, matrices, gates = buffers
     zero = gl.zeros_like(bias[0])
     passed = (zero, zero)

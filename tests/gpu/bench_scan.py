@@ -96,13 +96,13 @@ def gluon(form: Form) -> Run:
 
 
 def name_of(form: Form) -> str:
-    *fields, pieces = (str(int(v or 0)) for v in dataclasses.astuple(form))
-    return f"gluon {','.join(fields if pieces == '0' else [*fields, pieces])}"
+    fields = ",".join(str(int(v or 0)) for v in dataclasses.astuple(form))
+    return f"gluon {fields}"
 
 
 def parsed(form: str) -> Form:
-    *fields, registers, cut, pieces = (int(n) for n in [*form.split(","), 0][:8])
-    return Form(*fields, registers or None, cut, pieces)
+    *fields, registers, cut = (int(n) for n in form.split(","))
+    return Form(*fields, registers or None, cut)
 
 
 def chosen_form(shape: Shape, streams: bool = True) -> Form:
