@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options
+from ssm_dist.kernels.gluon_support import gluon_module
 from ssm_dist.kernels.linear import empty_outputs, project_heads_reference
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.triton_linear_kernels import matrix_kernel, vector_kernel
@@ -20,6 +21,7 @@ MOST_ROWS = 64
 """Beyond, torch's product is near the memory's bandwidth or bound by arithmetic."""
 
 VECTOR_ROWS = 4
+HELD_ROWS = 16
 HELD = {1: 384, 2: 256, 3: 160, 4: 160}
 """Rows -> bytes of the weight in a thread's registers at most: each row takes registers for its sums."""
 
@@ -89,6 +91,20 @@ def matrix_op(rows: int, weight: Tensor) -> str:
     return f"linear_{padded}_deep" if deep else f"linear_{padded}"
 
 
+def _held_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
+    """Empty where the kernel with the weight in registers cannot serve, or another one is faster."""
+    rows, (_, width) = x.shape[0], weight.shape
+    if not 1 < rows <= HELD_ROWS or x.element_size() != 2 or gluon_module("gluon_linear", x.device) is None:
+        return {}
+    eights = not (width % 8 or x.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16)
+    return tuning.configuration(held_op(rows), weight.numel(), x.device) if eights else {}
+
+
+def held_op(rows: int) -> str:
+    """The table's name of the kernel with the weight in registers for so many rows."""
+    return "linear_8_held" if rows <= 8 else "linear_16_held"
+
+
 def _by_vector(x: Tensor, weight: Tensor) -> bool:
     """Whether the ordinary units multiply."""
     return x.shape[0] <= VECTOR_ROWS and bool(_vector_configuration(x, weight))
@@ -98,15 +114,21 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
     if x.dim() != 2 or x.dtype != weight.dtype or x.stride(1) != 1 or not 0 < x.shape[0] <= MOST_ROWS:
         return False
     by_tensor_cores = x.element_size() <= 2 and bool(_matrix_configuration(x, weight))
-    return weight.is_contiguous() and (by_tensor_cores or _by_vector(x, weight))
+    return weight.is_contiguous() and (
+        bool(_held_configuration(x, weight)) or by_tensor_cores or _by_vector(x, weight)
+    )
 
 
 @operator("linear", fake=empty_outputs)
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
     y = empty_outputs(x, weight)
+    held = _held_configuration(x, weight)
     with torch.cuda.device_of(x):
-        (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
+        if held and (gluon := gluon_module("gluon_linear", x.device)):
+            gluon.few_rows(x, weight, bias, y, held)
+        else:
+            (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
     return y
 
 
