@@ -21,7 +21,6 @@ MOST_ROWS = 64
 """Beyond, torch's product is near the memory's bandwidth or bound by arithmetic."""
 
 VECTOR_ROWS = 4
-HELD_ROWS = 16
 HELD = {1: 384, 2: 256, 3: 160, 4: 160}
 """Rows -> bytes of the weight in a thread's registers at most: each row takes registers for its sums."""
 
@@ -94,7 +93,7 @@ def matrix_op(rows: int, weight: Tensor) -> str:
 def _held_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
     """Empty where the kernel with the weight in registers cannot serve, or another one is faster."""
     rows, (_, width) = x.shape[0], weight.shape
-    if not 1 < rows <= HELD_ROWS or x.element_size() != 2 or gluon_module("gluon_linear", x.device) is None:
+    if not 1 < rows <= MOST_ROWS or x.element_size() != 2 or gluon_module("gluon_linear", x.device) is None:
         return {}
     eights = not (width % 8 or x.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16)
     return tuning.configuration(held_op(rows), weight.numel(), x.device) if eights else {}
@@ -102,7 +101,7 @@ def _held_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
 
 def held_op(rows: int) -> str:
     """The table's name of the kernel with the weight in registers for so many rows."""
-    return "linear_8_held" if rows <= 8 else "linear_16_held"
+    return f"linear_{8 if rows <= 8 else _padded(rows)}_held"
 
 
 def _by_vector(x: Tensor, weight: Tensor) -> bool:

@@ -104,16 +104,11 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [(3e6, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
         80: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
     },
-    # 2 to 8 and 9 to 16 rows, with the weight in registers; size: numbers of the weight. Empty: see below
-    "linear_8_held": {
-        90: [
-            (3e6, {}),
-            (16e6, {"TILES": 2, "DEPTH": 10, "PROGRAMS": 1, "num_warps": 8}),
-            (ANY, {"TILES": 1, "DEPTH": 10, "PROGRAMS": 1, "num_warps": 8}),
-        ],
-        80: [(ANY, {})],
-    },
+    # 2 to 8 rows, up to 16, 32 and 64, with the weight in registers; size: numbers of the weight. Empty: as below
+    "linear_8_held": {90: [(ANY, {})], 80: [(ANY, {})]},
     "linear_16_held": {90: [(ANY, {})], 80: [(ANY, {})]},
+    "linear_32_held": {90: [(ANY, {})], 80: [(ANY, {})]},
+    "linear_64_held": {90: [(ANY, {})], 80: [(ANY, {})]},
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch.
     # Some are up to 13 % slower alone than torch's, but not in steps, where dependent launch overlaps them;
     # x_proj's of 5 to 16 rows are slower in steps. Of 64 rows, those from 30e6 and from 60e6 on are heads of
