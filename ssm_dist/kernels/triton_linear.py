@@ -1,7 +1,8 @@
-"""Linear layers with few rows by `triton_linear_kernels`: which kernel serves, how it is launched."""
+"""Linear layers with few rows: whether `triton_linear_kernels` or `gluon_linear` serves, and its launch."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -90,18 +91,20 @@ def matrix_op(rows: int, weight: Tensor) -> str:
     return f"linear_{padded}_deep" if deep else f"linear_{padded}"
 
 
-def _held_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
-    """Empty where the kernel with the weight in registers cannot serve, or another one is faster."""
-    rows, (_, width) = x.shape[0], weight.shape
-    if not 1 < rows <= MOST_ROWS or x.element_size() != 2 or gluon_module("gluon_linear", x.device) is None:
-        return {}
+def _held(x: Tensor, weight: Tensor) -> tuple[ModuleType, tuning.Configuration] | None:
+    """The kernel that holds the weight before x is there, where it can serve and is the fastest."""
+    (rows, width), columns = x.shape, weight.shape[0]
+    gluon = gluon_module("gluon_linear", x.device) if x.is_cuda and x.element_size() == 2 else None
+    if gluon is None or rows <= VECTOR_ROWS:
+        return None
+    config = tuning.configuration(held_op(rows), weight.numel(), x.device)
     eights = not (width % 8 or x.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16)
-    return tuning.configuration(held_op(rows), weight.numel(), x.device) if eights else {}
+    return (gluon, config) if config and eights and gluon.shares_of(rows, columns, width, config) else None
 
 
 def held_op(rows: int) -> str:
     """The table's name of the kernel with the weight in registers for so many rows."""
-    return f"linear_{8 if rows <= 8 else _padded(rows)}_held"
+    return f"linear_{_padded(rows)}_held"
 
 
 def _by_vector(x: Tensor, weight: Tensor) -> bool:
@@ -114,7 +117,7 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         return False
     by_tensor_cores = x.element_size() <= 2 and bool(_matrix_configuration(x, weight))
     return weight.is_contiguous() and (
-        bool(_held_configuration(x, weight)) or by_tensor_cores or _by_vector(x, weight)
+        by_tensor_cores or _by_vector(x, weight) or _held(x, weight) is not None
     )
 
 
@@ -122,10 +125,11 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
     y = empty_outputs(x, weight)
-    held = _held_configuration(x, weight)
+    held = _held(x, weight)
     with torch.cuda.device_of(x):
-        if held and (gluon := gluon_module("gluon_linear", x.device)):
-            gluon.few_rows(x, weight, bias, y, held)
+        if held is not None:
+            gluon, config = held
+            gluon.few_rows(x, weight, bias, y, config)
         else:
             (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
     return y

@@ -25,6 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ssm_dist.kernels import (
     gluon_attention,
+    gluon_linear,
     gluon_scan,
     triton_activation,
     triton_attention,
@@ -134,6 +135,14 @@ KERNELS: dict[str, Case] = {
     "linear, 64 rows dealt out": Case(
         triton_linear_kernels.matrix_kernel, {**MATRIX, "BLOCK_T": 16, "BLOCK_K": 128}, "", (90,)
     ),
+    **{
+        f"linear, 16 rows, held, {name}": Case(
+            gluon_linear.few_rows_kernel,
+            {"K": 5120, "SHARES": 4, "ROWS": 2, "HAS_BIAS": True, "WARPS": 4, "num_warps": 4, **given},
+            "", (90,),
+        )
+        for name, given in {"shared": {}, "longest": {"K": 2560, "SHARES": 1}}.items()
+    },
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
     ),
