@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import reporting
@@ -31,8 +32,7 @@ def stepped(llm: LLM, chunk_tokens: int, programs: int) -> None:
     """Let the engine read prompts in such steps; programs: of sums beside others, 0: whole steps."""
     shared.BESIDE_A_SCAN.update({False: programs, True: programs})
     llm.engine.graphs = Graphs(llm.loaded.device) if llm.engine.graphs is not None else None
-    prefill = llm.config.prefill.model_copy(update={"chunk_tokens": chunk_tokens})
-    llm.config = llm.config.model_copy(update={"prefill": prefill})
+    llm.loaded = replace(llm.loaded, chunk_tokens=chunk_tokens)
     llm.engine.prefill.overlap_tokens = min(programs, 1)
 
 

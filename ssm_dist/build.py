@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from ssm_dist.config import Config, ReductionConfig
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import CodecName
-from ssm_dist.memory import estimate, require_memory
+from ssm_dist.memory import MemoryNeed, estimate, fitting_chunk_tokens, free_memory, require_memory
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
@@ -66,6 +67,8 @@ class LoadedModel:
     device: torch.device
     kernels: str
     """The backend that runs."""
+    chunk_tokens: int
+    """Of a prefill step at most."""
 
 
 def load_model(config: Config) -> LoadedModel:
@@ -83,10 +86,16 @@ def load_model(config: Config) -> LoadedModel:
         tp = TensorParallel.over_all_ranks(ranks.device.type, reductions_of(config.reduction))
         _agree_on_table(tp, config.reduction.table, ranks)
     plan = resolve_plan(model, source.spec.plan, 1) if tp is None else apply_plan(model, tp, source.spec.plan)
+    captured = ranks.device.type == "cuda" and config.compile.mode != "none"
+    need = partial(_need, model, source, plan, config, captured)
+    chunk_tokens = config.prefill.chunk_tokens
+    if chunk_tokens is None:
+        chunk_tokens = fitting_chunk_tokens(config.parallel.tensor, need, _free_memory(ranks))
+        logger.info("prefill: steps of up to %d tokens", chunk_tokens)
     if tp is not None and ranks.device.type == "cuda" and kernels != "reference":
-        tokens = max(config.prefill.chunk_tokens, config.cache.max_sequences)
+        tokens = max(chunk_tokens, config.cache.max_sequences)
         tp.share_memory(tokens, source.config.d_model, source.dtype, ranks.device)
-    _check_memory(model, source, plan, config, ranks)
+    require_memory(need(chunk_tokens), _free_memory(ranks))
     _load(model, source, ranks)
     localise(model)
     arrange_weights(model)
@@ -96,6 +105,7 @@ def load_model(config: Config) -> LoadedModel:
         model=model.eval(), spec=source.spec, config=source.config, plan=plan, tp=tp, checkpoint=checkpoint,
         tokenizer=tokenizer, eos_ids=_eos_ids(checkpoint, tokenizer), dtype=source.dtype,
         state_dtype=getattr(torch, config.cache.state_dtype), device=ranks.device, kernels=kernels,
+        chunk_tokens=chunk_tokens,
     )  # fmt: skip
 
 
@@ -172,11 +182,11 @@ def _agree_on_table(tp: TensorParallel, file: Path | None, ranks: Ranks) -> None
     use_table(table_from_json(text.decode(errors="replace"), str(file)))
 
 
-def _check_memory(
-    model: LanguageModel, source: Source, plan: ResolvedPlan, config: Config, ranks: Ranks
-) -> None:
-    """Raise on all ranks alike when one of them lacks the memory that the job will take."""
-    need = estimate(
+def _need(
+    model: LanguageModel, source: Source, plan: ResolvedPlan, config: Config, captured: bool, chunk: int
+) -> MemoryNeed:
+    """What a rank will take, with so many tokens in a prefill step."""
+    return estimate(
         source.config,
         model.state_shapes(),
         plan.parameters,
@@ -184,21 +194,21 @@ def _check_memory(
         state_dtype=getattr(torch, config.cache.state_dtype),
         max_sequences=config.cache.max_sequences,
         max_tokens=config.cache.max_tokens,
-        chunk_tokens=config.prefill.chunk_tokens,
+        chunk_tokens=chunk,
         prefix_bytes=config.cache.prefix_device_bytes,
-        captured=ranks.device.type == "cuda" and config.compile.mode != "none",
+        captured=captured,
         feedback=config.reduction.feeds_back and config.parallel.tensor > 1,
     )
 
-    def least(free: int) -> int:
-        if ranks.world == 1:
-            return free
-        smallest = torch.tensor(free, device=ranks.device)
-        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-        return int(smallest)
 
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    require_memory(need, ranks.device, ranks_here=ranks_here, minimum=least)
+def _free_memory(ranks: Ranks) -> int:
+    """Bytes that every rank has free; ranks call it alike."""
+    free = free_memory(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    if ranks.world == 1:
+        return free
+    smallest = torch.tensor(free, device=ranks.device)
+    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+    return int(smallest)
 
 
 def _load(model: LanguageModel, source: Source, ranks: Ranks) -> None:

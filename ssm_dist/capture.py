@@ -38,7 +38,7 @@ def start_engine(loaded: LoadedModel, cache: StateCache, config: Config) -> Engi
         vocab_size,
         graphs=Graphs(loaded.device) if mode != "none" and loaded.device.type == "cuda" else None,
         compiled=mode == "compile",
-        chunk_tokens=config.prefill.chunk_tokens,
+        chunk_tokens=loaded.chunk_tokens,
         overlap_tokens=0 if loaded.tp is None else overlap_tokens(config),
         wait=_bounded_wait(loaded),
     )

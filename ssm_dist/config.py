@@ -135,8 +135,9 @@ class CompileConfig(Section):
 
 
 class PrefillConfig(Section):
-    chunk_tokens: int = Field(16384, strict=True, ge=1)
-    """Prompt tokens in one step at most; longer prompts continue from the state."""
+    chunk_tokens: int | None = Field(None, strict=True, ge=1)
+    """Prompt tokens in one step at most; longer prompts continue from the state. By default 16384, times the
+    largest power of two that is at most [parallel] tensor, or as many of these as memory allows."""
 
     overlap_tokens: int | None = Field(None, strict=True, ge=0)
     """With several ranks, a step of so many tokens is worked on in two halves, the sums over ranks of one

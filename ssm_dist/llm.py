@@ -17,6 +17,7 @@ from ssm_dist.config import Config
 from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
+from ssm_dist.memory import default_chunk_tokens
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes, carrier
 from ssm_dist.prefix_cache import PrefixCache
@@ -58,7 +59,7 @@ class LLM:
             device=loaded.device,
             snapshots=asked.prefix_device_bytes // slot,
         )
-        self.prefixes = PrefixCache(self.cache, prefix_limits(config))
+        self.prefixes = PrefixCache(self.cache, prefix_limits(config.cache, loaded.chunk_tokens))
         self._preparer = Preparer(loaded, self.cache)
         self._session: Session | None = None
         self.engine = start_engine(loaded, self.cache, config)
@@ -81,7 +82,8 @@ class LLM:
     @classmethod
     def from_config(cls, config: Config) -> Self:
         """Load what a configuration names; see `load_model` for the errors."""
-        prefix_limits(config)  # before minutes of loading
+        asked = config.prefill.chunk_tokens or default_chunk_tokens(config.parallel.tensor)
+        prefix_limits(config.cache, asked)  # before minutes of loading
         return cls(load_model(config), config)
 
     @classmethod
@@ -163,7 +165,7 @@ class LLM:
     def score(self, texts: Sequence[Prompt]) -> list[Score]:
         """Log-probabilities and perplexity of texts, or of token ids. Raises `UserError` as `generate`."""
         requests = self._preparer.runnable(list(texts), SamplingParams(max_new_tokens=1))
-        chunk, vocab_size = self.config.prefill.chunk_tokens, self.loaded.config.vocab_size
+        chunk, vocab_size = self.loaded.chunk_tokens, self.loaded.config.vocab_size
         return [
             score_tokens(self.engine, self.loaded.tp, request.token_ids, vocab_size, chunk)
             for request in requests
@@ -178,7 +180,7 @@ class LLM:
         (request,) = self._preparer.runnable([prompt], SamplingParams(max_new_tokens=1))
         return save_state(
             self.loaded, self.engine, self.prefixes, request.token_ids, Path(file),
-            self.config.prefill.chunk_tokens,
+            self.loaded.chunk_tokens,
         )  # fmt: skip
 
     def load_state(self, file: str | Path) -> SavedState:
@@ -234,5 +236,5 @@ class LLM:
             self.prefixes,
             self.tokenizer,
             self.loaded.eos_ids,
-            self.config.prefill.chunk_tokens,
+            self.loaded.chunk_tokens,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from ssm_dist.config import Config
+from ssm_dist.config import CacheConfig
 from ssm_dist.errors import UserError
 
 
@@ -32,16 +32,15 @@ class PrefixCounters:
     """Taken in all."""
 
 
-def prefix_limits(config: Config) -> PrefixLimits | None:
+def prefix_limits(asked: CacheConfig, chunk_tokens: int) -> PrefixLimits | None:
     """None where no level has a budget. Raises `UserError` for settings that do not go together."""
-    asked = config.cache
     if asked.prefix_folder is not None and not asked.prefix_folder.is_dir():
         raise UserError(f"[cache] prefix_folder: there is no folder {asked.prefix_folder}")
     if (asked.prefix_folder is None) != (asked.prefix_folder_bytes == 0):
         raise UserError("[cache] prefix_folder and prefix_folder_bytes go together: set both, or neither")
     if not (asked.prefix_device_bytes or asked.prefix_host_bytes or asked.prefix_folder_bytes):
         return None
-    chunk_grid(asked.prefix_interval, config.prefill.chunk_tokens)
+    chunk_grid(asked.prefix_interval, chunk_tokens)
     return PrefixLimits(
         asked.prefix_interval, asked.prefix_host_bytes, asked.prefix_folder, asked.prefix_folder_bytes
     )

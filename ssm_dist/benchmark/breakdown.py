@@ -94,7 +94,7 @@ def is_reduction(name: str) -> bool:
 def break_down(llm: LLM, case: Case, barrier: Callable[[], None]) -> dict[str, Any]:
     """Profile a case's prefill and, where it has one, decode steps of its batch. Ranks call it alike."""
     parts = {"prefill_breakdown": _profiled(llm, case, 1, barrier).told()}
-    at_once = max(SHORT, llm.config.prefill.chunk_tokens // case.batch)
+    at_once = max(SHORT, llm.loaded.chunk_tokens // case.batch)
     prompt = min(case.prompt_tokens, at_once) if llm.cache.paged else SHORT
     short = Case(case.batch, prompt, FEW + STEPS)
     if case.new_tokens == 1 or not _has_room(llm, short):

@@ -144,7 +144,7 @@ def engine_of(llm: LLM) -> dict[str, Any]:
         "reductions": llm.reduction,
         "dtype": str(llm.loaded.dtype).removeprefix("torch."),
         "state_dtype": llm.config.cache.state_dtype,
-        "chunk_tokens": llm.config.prefill.chunk_tokens,
+        "chunk_tokens": llm.loaded.chunk_tokens,
         "weight_bytes_a_rank": llm.weight_bytes,
         "state_bytes_a_sequence_and_rank": state_bytes(llm),
     }

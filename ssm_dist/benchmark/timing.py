@@ -106,7 +106,7 @@ def _prefill(llm: LLM, case: Case, samples: list[Sample], rates: Ceilings | None
     seconds = [sample.seconds for sample in samples]
     median, degree = statistics.median(seconds), llm.config.parallel.tensor
     flop, tokens = prefill_flop(llm, case), case.batch * case.prompt_tokens
-    chunks = -(-tokens // llm.config.prefill.chunk_tokens)
+    chunks = -(-tokens // llm.loaded.chunk_tokens)
     moved = chunks * decode_bytes(llm, 0, 0) + 2 * case.batch * state_bytes(llm)
     return {
         "prefill_seconds": spread(seconds),

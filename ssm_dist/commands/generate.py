@@ -49,7 +49,7 @@ def run(config: Config) -> None:
     collector = Collector(requests, with_text=llm.tokenizer is not None)
     printer = Printer(requests, Console(highlight=False, markup=False)) if speaks else None
     console = Console(stderr=True, quiet=not speaks)
-    with Reading(requests, config.prefill.chunk_tokens, console) as reading:
+    with Reading(requests, llm.loaded.chunk_tokens, console) as reading:
         for event in llm.run(requests, reading.add):
             reading.end()
             collector.add(event)

@@ -105,10 +105,24 @@ TABLE: dict[str, dict[int, Rows]] = {
         80: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
     },
     # 5 to 16 rows, up to 32 and 64, with the weight in registers; size: numbers of the weight. PROGRAMS and
-    # empty as below. Falcon-Mamba's x_proj, of 2.4e6, gains by it alone, but not in steps; larger ones lose
-    "linear_16_held": {90: [(1e6, {"PROGRAMS": 48, "num_warps": 4}), (ANY, {})], 80: [(ANY, {})]},
-    "linear_32_held": {90: [(ANY, {})], 80: [(ANY, {})]},
-    "linear_64_held": {90: [(ANY, {})], 80: [(ANY, {})]},
+    # empty as below. Alone, larger weights gain by it, too, but in steps they lose
+    "linear_16_held": {
+        90: [
+            (1e6, {"PROGRAMS": 48, "num_warps": 4}),
+            (1.2e6, {"PROGRAMS": 96, "num_warps": 4}),
+            (ANY, {}),
+        ],
+        80: [(ANY, {})],
+    },
+    "linear_32_held": {90: [(1.2e6, {"PROGRAMS": 96, "num_warps": 4}), (ANY, {})], 80: [(ANY, {})]},
+    "linear_64_held": {
+        90: [
+            (1e6, {"PROGRAMS": 96, "num_warps": 4}),
+            (1.2e6, {"PROGRAMS": 192, "num_warps": 4}),
+            (ANY, {}),
+        ],
+        80: [(ANY, {})],
+    },
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch.
     # Some are up to 13 % slower alone than torch's, but not in steps, where dependent launch overlaps them;
     # x_proj's of 5 to 16 rows are slower in steps. Of 64 rows, those from 30e6 and from 60e6 on are heads of
