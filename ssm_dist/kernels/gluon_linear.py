@@ -26,7 +26,7 @@ BLOCK = 16
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
 STEP = gl.constexpr(32)
 """Numbers of a row that a quad of lanes loads at once."""
-HELD = 20
+HELD = 10
 """Steps of a warp at most, of eight registers each."""
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
 
@@ -119,21 +119,28 @@ def few_rows_kernel(
         gdc_wait()
 
     first = tile // across * (8 * ROWS)
-    zero = gl.zeros([32 * WARPS], gl.float32, _lanes(WARPS, 1))
+    given = ()
+    after_all = gl.zeros([32 * WARPS], gl.int32, _lanes(WARPS, 1))
+    nothing = tokens >> 30
+    for r in gl.static_range(ROWS):
+        token = first + 8 * r + g
+        row = x.to(WORD) + (gl.multiple_of(token.to(gl.int64) * (x_row // 2), 4) + at)
+        for c in gl.static_range(STEPS):
+            words = _words(row + c * (APART // 2), (k + c * APART < end) & (token < tokens), WARPS)
+            after_all |= words[0] & nothing
+            given += (words,)
+    # Zero, which the compiler cannot know: it would ask for each input just before it is needed, and wait.
+    start = after_all.to(gl.float32, bitcast=True)
     sums = ()
-    for _ in gl.static_range(ROWS):
-        sums += ((zero, zero, zero, zero),)
-    for c in gl.static_range(STEPS):
-        a = held[2 * c]
-        far = held[2 * c + 1]
-        new = ()
-        for r in gl.static_range(ROWS):
-            token = first + 8 * r + g
-            place = x.to(WORD) + (gl.multiple_of(token.to(gl.int64) * (x_row // 2), 4) + at)
-            b = _words(place + c * (APART // 2), (k + c * APART < end) & (token < tokens), WARPS)
-            total = _product((a[0], far[0], a[1], far[1]), (b[0], b[1]), sums[r], HALF)
-            new += (_product((a[2], far[2], a[3], far[3]), (b[2], b[3]), total, HALF),)
-        sums = new
+    for r in gl.static_range(ROWS):
+        total = (start, start, start, start)
+        for c in gl.static_range(STEPS):
+            a = held[2 * c]
+            far = held[2 * c + 1]
+            b = given[r * STEPS + c]
+            total = _product((a[0], far[0], a[1], far[1]), (b[0], b[1]), total, HALF)
+            total = _product((a[2], far[2], a[3], far[3]), (b[2], b[3]), total, HALF)
+        sums += (total,)
     _finish(sums, bias, y, parts, counters + tile, share, first, tile % across * 16, tokens, columns,
             SHARES, ROWS, HAS_BIAS, WARPS)  # fmt: skip
 

@@ -108,17 +108,24 @@ TABLE: dict[str, dict[int, Rows]] = {
     # empty as below. Alone, larger weights gain by it, too, but in steps they lose
     "linear_16_held": {
         90: [
-            (1e6, {"PROGRAMS": 48, "num_warps": 4}),
             (1.2e6, {"PROGRAMS": 96, "num_warps": 4}),
+            (2.5e6, {"PROGRAMS": 144, "num_warps": 4}),
             (ANY, {}),
         ],
         80: [(ANY, {})],
     },
-    "linear_32_held": {90: [(1.2e6, {"PROGRAMS": 96, "num_warps": 4}), (ANY, {})], 80: [(ANY, {})]},
-    "linear_64_held": {
+    "linear_32_held": {
         90: [
             (1e6, {"PROGRAMS": 96, "num_warps": 4}),
             (1.2e6, {"PROGRAMS": 192, "num_warps": 4}),
+            (ANY, {}),
+        ],
+        80: [(ANY, {})],
+    },
+    "linear_64_held": {
+        90: [
+            (1e6, {"PROGRAMS": 192, "num_warps": 4}),
+            (1.2e6, {"PROGRAMS": 384, "num_warps": 4}),
             (ANY, {}),
         ],
         80: [(ANY, {})],
