@@ -17,17 +17,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ssm_dist.kernels import gluon_linear_form
 from ssm_dist.kernels.dependent_launch import launch_options
-from ssm_dist.kernels.triton_shares import COUNTERS, counters
+from ssm_dist.kernels.triton_shares import counters
 from ssm_dist.kernels.tuning import Configuration
 
-BLOCK = 16
-"""Rows of a program at most."""
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
-STEP = gl.constexpr(32)
-"""Numbers of a row that a quad of lanes loads at once."""
-HELD = 10
-"""Steps of a warp at most, of eight registers each."""
+STEP = gl.constexpr(gluon_linear_form.STEP)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
 
 
@@ -84,7 +80,7 @@ def few_rows_kernel(
     K: gl.constexpr, SHARES: gl.constexpr, ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One program: 16 numbers of 8 * ROWS rows, summed over one of SHARES spans of K.
+    """One program: 16 numbers of 8 * ROWS rows, ROWS at most 2, summed over one of SHARES spans of K.
 
     `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share. A
     warp takes every WARPS-th step of the span.
@@ -192,24 +188,17 @@ def _finish(
             gl.store(y + cell, total.to(y.dtype.element_ty), mask=inside)
 
 
-def shares_of(rows: int, columns: int, width: int, config: Configuration) -> int:
-    """How many programs share a sum, so that there are about PROGRAMS; 0: a warp's part would be too long."""
-    tiles = triton.cdiv(rows, BLOCK) * triton.cdiv(columns, 16)
-    steps = triton.cdiv(width, 32 * config["num_warps"])
-    shares = min(max(1, config["PROGRAMS"] // tiles), steps)
-    return shares if tiles <= COUNTERS and triton.cdiv(steps, shares) <= HELD else 0
-
-
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, config: Configuration) -> None:
     """x (T, K) times the rows of a contiguous weight (N, K) into y (T, N).
 
-    16-bit numbers that can be read 16 bytes at a time. config: PROGRAMS to aim at by sharing sums, num_warps.
+    16-bit numbers that can be read 16 bytes at a time. config: SHARES, programs that share a sum, num_warps.
     """
-    (tokens, width), columns, warps = x.shape, weight.shape[0], config["num_warps"]
-    shares, across = shares_of(tokens, columns, width, config), triton.cdiv(columns, 16)
+    (tokens, width), columns = x.shape, weight.shape[0]
+    rows, across = gluon_linear_form.ROWS, triton.cdiv(columns, gluon_linear_form.COLUMNS)
+    shares, warps = config["SHARES"], config["num_warps"]
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
-    few_rows_kernel[(triton.cdiv(tokens, BLOCK) * across * shares,)](
+    few_rows_kernel[(triton.cdiv(tokens, rows) * across * shares,)](
         x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, across,
-        K=width, SHARES=shares, ROWS=triton.cdiv(min(tokens, BLOCK), 8), HAS_BIAS=bias is not None,
+        K=width, SHARES=shares, ROWS=triton.cdiv(min(tokens, rows), 8), HAS_BIAS=bias is not None,
         WARPS=warps, num_warps=warps, enable_fp_fusion=True, **launch_options(x.device),
     )  # fmt: skip

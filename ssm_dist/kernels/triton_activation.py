@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend
-from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
+from ssm_dist.kernels.dependent_launch import launch_options, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 
 BLOCK = 1024
@@ -16,11 +16,13 @@ SQRT_HALF = tl.constexpr(0.7071067811865476)
 
 @triton.jit(do_not_specialize=["blocks"])
 def _gated_gelu_kernel(
-    gate, up, y, gate_row, up_row, width, blocks, BLOCK: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr
+    gate, up, y, gate_row, up_row, width, blocks, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    """One program: BLOCK numbers of one row."""
-    if EARLY:
-        start_next(PDL)
+    """One program: BLOCK numbers of one row.
+
+    The next kernel starts at its end. Started at once, programs of down_proj would wait among those of
+    up_proj, more of them on some multiprocessors than on others.
+    """
     wait_for_inputs(PDL)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -42,7 +44,7 @@ def gated_gelu(gate: Tensor, up: Tensor) -> Tensor:
     if rows:
         with torch.cuda.device_of(gate):
             _gated_gelu_kernel[(rows * blocks,)](
-                gate, up, y, gate.stride(0), up.stride(0), width, blocks, BLOCK=BLOCK, EARLY=rows == 1,
+                gate, up, y, gate.stride(0), up.stride(0), width, blocks, BLOCK=BLOCK,
                 num_warps=4, enable_fp_fusion=True, **launch_options(gate.device),
             )  # fmt: skip
     return y

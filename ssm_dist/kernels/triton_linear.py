@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options
+from ssm_dist.kernels.gluon_linear_form import held_form
 from ssm_dist.kernels.gluon_support import gluon_module
 from ssm_dist.kernels.linear import empty_outputs, project_heads_reference
 from ssm_dist.kernels.operators import operator
@@ -91,20 +91,9 @@ def matrix_op(rows: int, weight: Tensor) -> str:
     return f"linear_{padded}_deep" if deep else f"linear_{padded}"
 
 
-def _held(x: Tensor, weight: Tensor) -> tuple[ModuleType, tuning.Configuration] | None:
-    """The kernel that holds the weight before x is there, where it can serve and is the fastest."""
-    (rows, width), columns = x.shape, weight.shape[0]
-    gluon = gluon_module("gluon_linear", x.device) if x.is_cuda and x.element_size() == 2 else None
-    if gluon is None or rows <= VECTOR_ROWS:
-        return None
-    config = tuning.configuration(held_op(rows), weight.numel(), x.device)
-    eights = not (width % 8 or x.stride(0) % 8 or x.data_ptr() % 16 or weight.data_ptr() % 16)
-    return (gluon, config) if config and eights and gluon.shares_of(rows, columns, width, config) else None
-
-
-def held_op(rows: int) -> str:
-    """The table's name of the kernel with the weight in registers for so many rows."""
-    return f"linear_{_padded(rows)}_held"
+def _held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:
+    """Empty where the weight is not to be held; otherwise torch serves where it cannot be."""
+    return held_form(x, weight) if x.shape[0] > VECTOR_ROWS else {}
 
 
 def _by_vector(x: Tensor, weight: Tensor) -> bool:
@@ -117,7 +106,7 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         return False
     by_tensor_cores = x.element_size() <= 2 and bool(_matrix_configuration(x, weight))
     return weight.is_contiguous() and (
-        by_tensor_cores or _by_vector(x, weight) or _held(x, weight) is not None
+        by_tensor_cores or _by_vector(x, weight) or bool(_held_form(x, weight))
     )
 
 
@@ -125,13 +114,17 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
     y = empty_outputs(x, weight)
-    held = _held(x, weight)
+    held = _held_form(x, weight)
+    gluon = gluon_module("gluon_linear", x.device) if held else None
     with torch.cuda.device_of(x):
-        if held is not None:
-            gluon, config = held
-            gluon.few_rows(x, weight, bias, y, config)
+        if gluon is not None and not (x.data_ptr() % 16 or weight.data_ptr() % 16):
+            gluon.few_rows(x, weight, bias, y, held)
+        elif _by_vector(x, weight):
+            _vector(x, weight, bias, y)
+        elif _matrix_configuration(x, weight):
+            _matrix(x, weight, bias, y)
         else:
-            (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
+            y = F.linear(x, weight, bias)
     return y
 
 

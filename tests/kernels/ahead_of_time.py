@@ -106,7 +106,7 @@ KERNELS: dict[str, Case] = {
     ),
     "gated_gelu": Case(
         triton_activation._gated_gelu_kernel,
-        {**dict.fromkeys(("gate", "up"), "*bf16"), "BLOCK": 1024, "EARLY": True},
+        {**dict.fromkeys(("gate", "up"), "*bf16"), "BLOCK": 1024},
     ),
     "rms_normalize": Case(triton_norm._rms_normalize_kernel, ROWS),
     "attention in chunks": Case(

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import triton_linear, tuning
+from ssm_dist.kernels.gluon_linear_form import held_form
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
 
@@ -143,3 +144,32 @@ def test_nan_stays_in_its_row() -> None:
         y = kernels.linear(x, weight, bias)
         others = [t for t in range(tokens) if t != 1]
         assert y[1].isnan().all() and not y[others].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "width", "shares"),
+    [(5, 192, 5120, 8), (16, 192, 2560, 8), (64, 192, 5120, 4), (16, 288, 8192, 8), (64, 288, 4096, 5)],
+)
+def test_small_weights_are_held_before_x_is_there(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, width: int, shares: int
+) -> None:
+    """x_proj of Mamba and Falcon-Mamba, whole and halved, on Hopper; a warp holds ten steps at most."""
+    monkeypatch.setattr(tuning, "architecture", lambda device: 90)
+    x, weight = torch.empty(rows, width).bfloat16(), torch.empty(columns, width).bfloat16()
+    assert held_form(x, weight) == {"SHARES": shares, "num_warps": 4}
+    assert -(-width // shares) <= 10 * 32 * 4
+    assert not held_form(x.float(), weight.float()), "only 16-bit numbers"
+    assert not held_form(x[:, : width - 4], weight[:, : width - 4]), "only whole 16 bytes"
+    assert not held_form(x, torch.empty(10240, width).bfloat16()), "larger weights are slower so"
+
+
+@pytest.mark.parametrize("matrix", [{}, TILES | {"PROGRAMS": 4}], ids=["torch", "tensor cores"])
+def test_another_kernel_serves_where_the_weight_cannot_be_held(matrix: tuning.Configuration) -> None:
+    """Compiled as one graph, too: what is asked while compiling needs no addresses."""
+    x, weight, bias = torch.randn(6, 64).bfloat16(), torch.randn(9, 64).bfloat16(), torch.randn(9).bfloat16()
+    held: tuning.Configuration = {"PROGRAMS": 4, "num_warps": 4}
+    with tuning.forced("linear_16_held", held), tuning.forced("linear_16", matrix):
+        assert triton_linear._serves(x, weight)
+        check(x, weight, bias)
+        compiled = torch.compile(triton_linear.linear, fullgraph=True, backend="eager")
+        assert torch.equal(compiled(x, weight, bias), kernels.linear(x, weight, bias))
