@@ -1,6 +1,7 @@
 """Configurations that `decode_kernels` times: of layers alone, and of whole steps."""
 
 from ssm_dist.kernels import tuning
+from ssm_dist.kernels.gluon_linear_form import held_op
 
 VECTOR = [
     {"BLOCK_N": n, "AHEAD": ahead, "num_warps": warps}
@@ -21,6 +22,11 @@ DEALT = [
     for n, k, programs in ((64, 128, 96), (64, 128, 132), (64, 64, 132), (32, 128, 132))
 ]
 """For a small weight: rows in blocks."""
+HELD: list[tuning.Configuration] = [
+    {"PROGRAMS": programs, "num_warps": warps}
+    for programs, warps in ((48, 4), (96, 4), (144, 4), (192, 4), (384, 4), (192, 8))
+]
+"""The weight in registers before x is there."""
 
 
 def narrow(op: str, config: tuning.Configuration) -> dict[str, tuning.Configuration | tuning.Rows]:
@@ -41,8 +47,14 @@ JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
     },
     **{
         rows: {
-            "x_proj by torch": narrow(op, {}),
-            **{f"x_proj {c['BLOCK_N']}x{c['BLOCK_K']}, {c['PROGRAMS']}": narrow(op, c) for c in candidates},
+            "x_proj by torch": narrow(op, {}) | {held_op(rows): {}},
+            **{
+                f"x_proj {c['BLOCK_N']}x{c['BLOCK_K']}, {c['PROGRAMS']}": narrow(op, c) | {held_op(rows): {}}
+                for c in candidates
+            },
+            **{
+                f"x_proj held, {c['PROGRAMS']} by {c['num_warps']}": narrow(held_op(rows), c) for c in HELD
+            },
         }
         for rows, op, candidates in (
             (8, "linear_16", MATRIX[4:]), (16, "linear_16", [*MATRIX[4:], DEALT[0]]),

@@ -26,12 +26,13 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.decode_candidates import DEALT, JOINT, MATRIX, ROWS, VECTOR
+from benchmarks.decode_candidates import DEALT, HELD, JOINT, MATRIX, ROWS, VECTOR
 from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import linear_layers
 from ssm_dist.kernel_benchmark.clock import Call, Clock
 from ssm_dist.kernel_benchmark.program import environment, table
 from ssm_dist.kernels import backend, dependent_launch, triton_linear, tuning
+from ssm_dist.kernels.gluon_linear_form import held_form, held_op
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mixer import arrange_weights
@@ -129,6 +130,13 @@ def joint_rows(model: LanguageModel, clock: Clock, deadline: float) -> Iterator[
                 yield {"sequences": sequences, "config": name, "ms": 1e3 * clock.seconds([step])}
 
 
+@contextlib.contextmanager
+def linear_by(op: str, config: dict[str, int], held: str) -> Iterator[None]:
+    """Linear layers by one configuration of an op, with the weight in registers only if that is `held`."""
+    with tuning.forced(op, config), contextlib.nullcontext() if op == held else tuning.forced(held, {}):
+        yield
+
+
 def candidates_row(
     shape: tuple[int, int], rows: int, clock: Clock, weights: list[Tensor], copy: float
 ) -> dict[str, Any]:
@@ -141,12 +149,14 @@ def candidates_row(
     candidates = {1: VECTOR, 4: [{}, *VECTOR[:5]], 16: MATRIX}.get(
         rows, MATRIX + DEALT if weights[0].numel() < 3e6 else MATRIX
     )
-    found: list[tuple[float, dict[str, int]]] = []
-    for config in candidates:
-        with tuning.forced(op, config), contextlib.suppress(Exception):  # too much shared memory
-            found.append((1e6 * clock.seconds(calls), config))
-    found.sort(key=lambda pair: pair[0])
-    with tuning.forced(op, found[0][1]), dependent_launch.ordinary_launches():
+    held, found = held_op(rows), list[tuple[float, dict[str, int], str]]()
+    for kind, config in [*((op, config) for config in candidates), *((held, config) for config in HELD)]:
+        with linear_by(kind, config, held), contextlib.suppress(Exception):  # too much shared memory
+            if kind == op or (not few and held_form(x, weights[0])):
+                found.append((1e6 * clock.seconds(calls), config, kind))
+    found.sort(key=lambda way: way[0])
+    _, config, kind = found[0]
+    with linear_by(kind, config, held), dependent_launch.ordinary_launches():
         ordinary = 1e6 * clock.seconds(calls)
     floor = 1e6 * weights[0].nbytes / copy
     return {
@@ -215,7 +225,10 @@ def main() -> None:
     columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
     console.print(
         table(
-            [{**row, "best": _named(row["candidates"][0][1])} for row in report["layers"]],
+            [
+                {**row, "best": f"{row['candidates'][0][2]} {_named(row['candidates'][0][1])}"}
+                for row in report["layers"]
+            ],
             "Linear layers, us",
             columns,
         )

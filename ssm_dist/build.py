@@ -7,7 +7,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,12 +19,13 @@ from ssm_dist.config import Config, ReductionConfig
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import CodecName
-from ssm_dist.memory import MemoryNeed, estimate, fitting_chunk_tokens, free_memory, require_memory
+from ssm_dist.memory import estimate, require_memory
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
 from ssm_dist.parallel.collectives import Reductions, Wire, broadcast_bytes
 from ssm_dist.parallel.collectives.tables import SHIPPED, table_from_json, use_table
+from ssm_dist.prefix_limits import prefix_limits
 from ssm_dist.ranks import Ranks, init_ranks
 from ssm_dist.registry import ModelSpec, preset, spec_for
 from ssm_dist.text import Tokenizer, read_eos_ids
@@ -78,6 +78,8 @@ def load_model(config: Config) -> LoadedModel:
     world size, checkpoint, degree, memory.
     """
     ranks = init_ranks(config.parallel.tensor, device_type())
+    chunk_tokens = config.chunk_tokens(ranks.device.type)
+    prefix_limits(config.cache, chunk_tokens)  # before minutes of loading
     kernels = backend.select(config.kernels.backend, ranks.device)
     source = open_source(config, ranks.device.type, ranks)
     model = build_meta(source)
@@ -86,16 +88,10 @@ def load_model(config: Config) -> LoadedModel:
         tp = TensorParallel.over_all_ranks(ranks.device.type, reductions_of(config.reduction))
         _agree_on_table(tp, config.reduction.table, ranks)
     plan = resolve_plan(model, source.spec.plan, 1) if tp is None else apply_plan(model, tp, source.spec.plan)
-    captured = ranks.device.type == "cuda" and config.compile.mode != "none"
-    need = partial(_need, model, source, plan, config, captured)
-    chunk_tokens = config.prefill.chunk_tokens
-    if chunk_tokens is None:
-        chunk_tokens = fitting_chunk_tokens(config.parallel.tensor, need, _free_memory(ranks))
-        logger.info("prefill: steps of up to %d tokens", chunk_tokens)
     if tp is not None and ranks.device.type == "cuda" and kernels != "reference":
         tokens = max(chunk_tokens, config.cache.max_sequences)
         tp.share_memory(tokens, source.config.d_model, source.dtype, ranks.device)
-    require_memory(need(chunk_tokens), _free_memory(ranks))
+    _check_memory(model, source, plan, config, chunk_tokens, ranks)
     _load(model, source, ranks)
     localise(model)
     arrange_weights(model)
@@ -182,11 +178,11 @@ def _agree_on_table(tp: TensorParallel, file: Path | None, ranks: Ranks) -> None
     use_table(table_from_json(text.decode(errors="replace"), str(file)))
 
 
-def _need(
-    model: LanguageModel, source: Source, plan: ResolvedPlan, config: Config, captured: bool, chunk: int
-) -> MemoryNeed:
-    """What a rank will take, with so many tokens in a prefill step."""
-    return estimate(
+def _check_memory(
+    model: LanguageModel, source: Source, plan: ResolvedPlan, config: Config, chunk_tokens: int, ranks: Ranks
+) -> None:
+    """Raise on all ranks alike when one of them lacks the memory that the job will take."""
+    need = estimate(
         source.config,
         model.state_shapes(),
         plan.parameters,
@@ -194,21 +190,21 @@ def _need(
         state_dtype=getattr(torch, config.cache.state_dtype),
         max_sequences=config.cache.max_sequences,
         max_tokens=config.cache.max_tokens,
-        chunk_tokens=chunk,
+        chunk_tokens=chunk_tokens,
         prefix_bytes=config.cache.prefix_device_bytes,
-        captured=captured,
+        captured=ranks.device.type == "cuda" and config.compile.mode != "none",
         feedback=config.reduction.feeds_back and config.parallel.tensor > 1,
     )
 
+    def least(free: int) -> int:
+        if ranks.world == 1:
+            return free
+        smallest = torch.tensor(free, device=ranks.device)
+        dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
+        return int(smallest)
 
-def _free_memory(ranks: Ranks) -> int:
-    """Bytes that every rank has free; ranks call it alike."""
-    free = free_memory(ranks.device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    if ranks.world == 1:
-        return free
-    smallest = torch.tensor(free, device=ranks.device)
-    dist.all_reduce(smallest, op=dist.ReduceOp.MIN)
-    return int(smallest)
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    require_memory(need, ranks.device, ranks_here=ranks_here, minimum=least)
 
 
 def _load(model: LanguageModel, source: Source, ranks: Ranks) -> None:

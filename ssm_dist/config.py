@@ -134,10 +134,13 @@ class CompileConfig(Section):
     none runs steps as they are written; auto is capture on a GPU, else none."""
 
 
+CHUNK_TOKENS = 16384
+
+
 class PrefillConfig(Section):
     chunk_tokens: int | None = Field(None, strict=True, ge=1)
-    """Prompt tokens in one step at most; longer prompts continue from the state. By default 16384, times the
-    largest power of two that is at most [parallel] tensor, or as many of these as memory allows."""
+    """Prompt tokens in one step at most; longer prompts continue from the state. By default 16384, on GPUs
+    times the largest power of two that is at most [parallel] tensor."""
 
     overlap_tokens: int | None = Field(None, strict=True, ge=0)
     """With several ranks, a step of so many tokens is worked on in two halves, the sums over ranks of one
@@ -259,3 +262,14 @@ class Config(Section):
                 "feedback = false"
             )
         return self
+
+    def chunk_tokens(self, device_type: str) -> int:
+        """Of a prefill step at most, on "cuda" or "cpu": by default enough to keep each GPU busy."""
+        if self.prefill.chunk_tokens is not None:
+            return self.prefill.chunk_tokens
+        tokens, interval = CHUNK_TOKENS, self.cache.prefix_interval
+        if device_type == "cuda":
+            tokens <<= self.parallel.tensor.bit_length() - 1
+        while tokens > CHUNK_TOKENS and interval > tokens and interval % tokens:
+            tokens //= 2  # an interval longer than a chunk consists of whole ones
+        return tokens

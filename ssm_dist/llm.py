@@ -17,7 +17,6 @@ from ssm_dist.config import Config
 from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, Completion, Run, TokenEvent
-from ssm_dist.memory import default_chunk_tokens
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes, carrier
 from ssm_dist.prefix_cache import PrefixCache
@@ -82,8 +81,6 @@ class LLM:
     @classmethod
     def from_config(cls, config: Config) -> Self:
         """Load what a configuration names; see `load_model` for the errors."""
-        asked = config.prefill.chunk_tokens or default_chunk_tokens(config.parallel.tensor)
-        prefix_limits(config.cache, asked)  # before minutes of loading
         return cls(load_model(config), config)
 
     @classmethod

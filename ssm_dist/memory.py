@@ -37,12 +37,6 @@ from ssm_dist.models.zamba import ZambaConfig
 from ssm_dist.parallel import ParameterPlacement
 from ssm_dist.state_sizes import state_need
 
-CHUNK_TOKENS, FEWEST_CHUNK_TOKENS = 16384, 2048
-"""Of a prefill step by default: with one rank, and where memory is short."""
-
-LARGEST_SHARE = 0.8
-"""Of the free memory that the default leaves the job; what ranks share with each other comes besides."""
-
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -98,32 +92,20 @@ def estimate(
     )
 
 
-def default_chunk_tokens(degree: int) -> int:
-    """Tokens of a prefill step that keep each of so many ranks as busy as CHUNK_TOKENS keep one."""
-    return CHUNK_TOKENS << degree.bit_length() - 1
+def require_memory(
+    need: MemoryNeed,
+    device: torch.device,
+    *,
+    ranks_here: int = 1,
+    minimum: Callable[[int], int] = lambda free: free,
+) -> None:
+    """Raise UserError, with the parts and what to change, if a rank of this device has less free than `need`.
 
-
-def fitting_chunk_tokens(degree: int, need: Callable[[int], MemoryNeed], free: int) -> int:
-    """The default, halved until the job leaves some of the free memory, down to FEWEST_CHUNK_TOKENS.
-
-    need: of a rank, by tokens of a step. free: the least over all ranks.
+    ranks_here: ranks that share this host's memory. `minimum` takes the least over all ranks, so that all
+    raise or none. On a host that does not tell what is free, nothing is refused.
     """
-    tokens = default_chunk_tokens(degree)
-    while tokens > FEWEST_CHUNK_TOKENS and need(tokens).total > LARGEST_SHARE * free:
-        tokens //= 2
-    return tokens
-
-
-def free_memory(device: torch.device, ranks_here: int = 1) -> int:
-    """Bytes that a rank may still take: of its GPU, or of this host's memory, which `ranks_here` share."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_free() // ranks_here
-
-
-def require_memory(need: MemoryNeed, free: int) -> None:
-    """Raise UserError, with the parts and what to change, if a rank has less free than `need`.
-
-    free: the least over all ranks, so that all raise or none.
-    """
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _host_free() // ranks_here
+    free = minimum(free)
     if need.total > free:
         raise UserError(_explanation(need, free))
 

@@ -53,6 +53,21 @@ def test_every_section_and_key_explains_itself():
         assert field.description and not unexplained, (section, unexplained)
 
 
+@pytest.mark.parametrize(
+    ("degree", "asked", "interval", "gpus", "cpus"),
+    [
+        (1, None, 2048, 16384, 16384), (2, None, 2048, 32768, 16384), (3, None, 2048, 32768, 16384),
+        (4, None, 2048, 65536, 16384), (4, 100, 2048, 100, 100), (2, None, 49152, 16384, 16384),
+        (4, None, 131072, 65536, 16384),
+    ],
+)  # fmt: skip
+def test_prefill_steps_grow_with_the_degree_on_gpus(degree, asked, interval, gpus, cpus):
+    """Unless asked otherwise, and by no more than goes into the interval between kept states."""
+    overrides = [f"--parallel.tensor={degree}", f"--cache.prefix_interval={interval}", "--model.preset=a"]
+    config = load_config(None, overrides + [f"--prefill.chunk_tokens={asked}"] * (asked is not None))
+    assert (config.chunk_tokens("cuda"), config.chunk_tokens("cpu")) == (gpus, cpus)
+
+
 def test_command_line_wins_over_file_over_default(job):
     path = job('[model]\npreset = "a"\n[prefill]\nchunk_tokens = 7\n[cache]\nmax_sequences = 3')
     config = load_config(path, ["--prefill.chunk_tokens", "9"])

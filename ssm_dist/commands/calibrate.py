@@ -11,7 +11,6 @@ from ssm_dist.calibration import Timing, calibrate, table_of
 from ssm_dist.commands import CalibrationJob
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
-from ssm_dist.memory import default_chunk_tokens
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives.tables import table_to_json
 from ssm_dist.ranks import init_ranks
@@ -26,7 +25,7 @@ def run(config: CalibrationJob) -> None:
     source = open_source(config, ranks.device.type, ranks)
     tp = TensorParallel.over_all_ranks(ranks.device.type, reductions_of(config.reduction))
     width = source.config.d_model
-    tokens = config.prefill.chunk_tokens or default_chunk_tokens(tp.degree)
+    tokens = config.chunk_tokens(ranks.device.type)
     if ranks.device.type == "cuda" and kernels != "reference":
         tp.share_memory(tokens, width, source.dtype, ranks.device)
     options = config.calibration

@@ -77,10 +77,10 @@ def _words(pointer, wanted, WARPS: gl.constexpr):
 @gluon.jit(do_not_specialize=["tokens", "columns", "across"])
 def few_rows_kernel(
     x, weight, bias, y, parts, counters, x_row, tokens, columns, across,
-    K: gl.constexpr, SHARES: gl.constexpr, ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
+    K: gl.constexpr, SHARES: gl.constexpr, EIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
     WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One program: 16 numbers of 8 * ROWS rows, ROWS at most 2, summed over one of SHARES spans of K.
+    """One program: 16 numbers of EIGHTS times eight rows, summed over one of SHARES spans of K.
 
     `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share. A
     warp takes every WARPS-th step of the span.
@@ -114,11 +114,11 @@ def few_rows_kernel(
     if PDL:
         gdc_wait()
 
-    first = tile // across * (8 * ROWS)
+    first = tile // across * (8 * EIGHTS)
     given = ()
     after_all = gl.zeros([32 * WARPS], gl.int32, _lanes(WARPS, 1))
     nothing = tokens >> 30
-    for r in gl.static_range(ROWS):
+    for r in gl.static_range(EIGHTS):
         token = first + 8 * r + g
         row = x.to(WORD) + (gl.multiple_of(token.to(gl.int64) * (x_row // 2), 4) + at)
         for c in gl.static_range(STEPS):
@@ -128,7 +128,7 @@ def few_rows_kernel(
     # Zero, which the compiler cannot know: it would ask for each input just before it is needed, and wait.
     start = after_all.to(gl.float32, bitcast=True)
     sums = ()
-    for r in gl.static_range(ROWS):
+    for r in gl.static_range(EIGHTS):
         total = (start, start, start, start)
         for c in gl.static_range(STEPS):
             a = held[2 * c]
@@ -138,21 +138,21 @@ def few_rows_kernel(
             total = _product((a[2], far[2], a[3], far[3]), (b[2], b[3]), total, HALF)
         sums += (total,)
     _finish(sums, bias, y, parts, counters + tile, share, first, tile % across * 16, tokens, columns,
-            SHARES, ROWS, HAS_BIAS, WARPS)  # fmt: skip
+            SHARES, EIGHTS, HAS_BIAS, WARPS)  # fmt: skip
 
 
 @gluon.jit
 def _finish(
     sums, bias, y, parts, counter, share, first, n0, tokens, columns,
-    SHARES: gl.constexpr, ROWS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPS: gl.constexpr,
+    SHARES: gl.constexpr, EIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """Add up what the warps have, then the shares, in order, and store it."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     ALONG: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     ACROSS: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
     LINE: gl.constexpr = gl.SliceLayout(0, ACROSS)
-    joint = gl.allocate_shared_memory(gl.float32, [ROWS, WARPS, 128], FLAT)
-    for r in gl.static_range(ROWS):
+    joint = gl.allocate_shared_memory(gl.float32, [EIGHTS, WARPS, 128], FLAT)
+    for r in gl.static_range(EIGHTS):
         s = sums[r]
         lanes = gl.join(gl.join(s[0], s[2]), gl.join(s[1], s[3])).reshape([WARPS, 128])
         joint.index(r).store(gl.convert_layout(lanes, ALONG))
@@ -162,7 +162,7 @@ def _finish(
     size = tokens.to(gl.int64) * columns
     last = True
     if SHARES > 1:
-        for r in gl.static_range(ROWS):
+        for r in gl.static_range(EIGHTS):
             token = first + 8 * r + element // 4 % 4 * 2 + element % 2
             total = gl.sum(joint.index(r).load(ACROSS), 0)
             inside = (token < tokens) & (n < columns)
@@ -172,7 +172,7 @@ def _finish(
     if last:
         if SHARES > 1:
             gl.store(counter, 0)
-        for r in gl.static_range(ROWS):
+        for r in gl.static_range(EIGHTS):
             token = first + 8 * r + element // 4 % 4 * 2 + element % 2
             inside = (token < tokens) & (n < columns)
             cell = token.to(gl.int64) * columns + n
@@ -199,6 +199,6 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, config: 
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
     few_rows_kernel[(triton.cdiv(tokens, rows) * across * shares,)](
         x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, across,
-        K=width, SHARES=shares, ROWS=triton.cdiv(min(tokens, rows), 8), HAS_BIAS=bias is not None,
+        K=width, SHARES=shares, EIGHTS=triton.cdiv(min(tokens, rows), 8), HAS_BIAS=bias is not None,
         WARPS=warps, num_warps=warps, enable_fp_fusion=True, **launch_options(x.device),
     )  # fmt: skip

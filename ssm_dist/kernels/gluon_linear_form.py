@@ -1,4 +1,4 @@
-"""Which linear layers the kernel of `gluon_linear` serves, and in how many programs; no GPU is asked."""
+"""Which linear layers the kernel of `gluon_linear` serves, and in how many programs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ssm_dist.kernels.triton_shares import COUNTERS
 
 ROWS, COLUMNS = 16, 16
 """Of x and of the weight, in one program at most."""
-STEP, STEPS = 32, 10
-"""Numbers of a row that a warp takes at once; how many times, with eight registers a thread for each."""
+STEP, MOST_STEPS = 32, 10
+"""Numbers of a row that a warp takes at once; how often at most, with eight registers a thread for each."""
 
 
 def held_op(rows: int) -> str:
@@ -34,6 +34,6 @@ def held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:
     warps = recorded["num_warps"]
     tiles, steps = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS), triton.cdiv(width, STEP * warps)
     shares = min(max(1, recorded["PROGRAMS"] // tiles), steps)
-    if tiles > COUNTERS or triton.cdiv(steps, shares) > STEPS:
+    if tiles > COUNTERS or triton.cdiv(steps, shares) > MOST_STEPS:
         return {}
     return {"SHARES": shares, "num_warps": warps}

@@ -92,7 +92,7 @@ def matrix_op(rows: int, weight: Tensor) -> str:
 
 
 def _held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:
-    """Empty where the weight is not to be held; otherwise torch serves where it cannot be."""
+    """Empty where the weight is not to be held. Where it is to be and cannot, another kernel serves."""
     return held_form(x, weight) if x.shape[0] > VECTOR_ROWS else {}
 
 
@@ -113,18 +113,17 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
 @operator("linear", fake=empty_outputs)
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
-    y = empty_outputs(x, weight)
     held = _held_form(x, weight)
     gluon = gluon_module("gluon_linear", x.device) if held else None
+    holds = gluon is not None and not (x.data_ptr() % 16 or weight.data_ptr() % 16)
+    if not holds and not _by_vector(x, weight) and not _matrix_configuration(x, weight):
+        return F.linear(x, weight, bias)
+    y = empty_outputs(x, weight)
     with torch.cuda.device_of(x):
-        if gluon is not None and not (x.data_ptr() % 16 or weight.data_ptr() % 16):
+        if gluon is not None and holds:
             gluon.few_rows(x, weight, bias, y, held)
-        elif _by_vector(x, weight):
-            _vector(x, weight, bias, y)
-        elif _matrix_configuration(x, weight):
-            _matrix(x, weight, bias, y)
         else:
-            y = F.linear(x, weight, bias)
+            (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
     return y
 
 

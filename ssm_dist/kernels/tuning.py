@@ -104,8 +104,8 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [(3e6, {"BLOCK_N": 2, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
         80: [(3e6, {"BLOCK_N": 4, "AHEAD": 0, "num_warps": 4}), (ANY, {})],
     },
-    # 5 to 16 rows, up to 32 and 64, with the weight in registers; size: numbers of the weight. PROGRAMS and
-    # empty as below. Alone, larger weights gain by it, too, but in steps they lose
+    # 5 to 16 rows, up to 32 and 64, with the weight in registers; size: numbers of the weight. PROGRAMS as
+    # below. Empty: by what follows. Alone, larger weights gain by it, too, but in steps they lose
     "linear_16_held": {
         90: [
             (1.2e6, {"PROGRAMS": 96, "num_warps": 4}),
@@ -132,8 +132,8 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     # up to 16, 32, 64 rows; size: numbers of the weight; PROGRAMS to aim at by sharing sums. Empty: by torch.
     # Some are up to 13 % slower alone than torch's, but not in steps, where dependent launch overlaps them;
-    # x_proj's of 5 to 16 rows are slower in steps. Of 64 rows, those from 30e6 and from 60e6 on are heads of
-    # 12,570 and 25,140 outputs, which torch multiplies slowly
+    # x_proj's of 5 to 16 rows, where they are not held, are slower in steps. Of 64 rows, those from 30e6 and
+    # from 60e6 on are heads of 12,570 and 25,140 outputs, which torch multiplies slowly
     "linear_16": {
         90: [
             (3e6, {}),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssm_dist import memory
 from ssm_dist.checkpoint import random_parameters
 from ssm_dist.errors import UserError
-from ssm_dist.memory import MemoryNeed, estimate, fitting_chunk_tokens, free_memory, require_memory
+from ssm_dist.memory import MemoryNeed, estimate, require_memory
 from ssm_dist.models.batch import RaggedBatch
 from ssm_dist.parallel import apply_plan, localise, resolve_plan
 from ssm_dist.registry import preset
@@ -104,9 +104,9 @@ def test_too_little_memory_is_refused_with_the_parts_and_what_to_change(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(memory, "_host_free", lambda: 16 << 30)
-    require_memory(NEED, free_memory(CPU))
+    require_memory(NEED, CPU)
     with pytest.raises(UserError) as raised:
-        require_memory(NEED, free_memory(CPU, ranks_here=2))
+        require_memory(NEED, CPU, ranks_here=2)
     message = str(raised.value)
     assert "a rank needs 9.50 GiB, and 8.00 GiB are free" in message
     assert "6.00 GiB   less with a higher [parallel] tensor" in message
@@ -114,24 +114,10 @@ def test_too_little_memory_is_refused_with_the_parts_and_what_to_change(
     assert "max_tokens" not in message  # there are no pages
 
 
-@pytest.mark.parametrize(
-    ("degree", "free", "tokens"),
-    [
-        (1, 99, 16384), (2, 99, 32768), (3, 99, 32768), (4, 99, 65536), (4, 14, 32768), (4, 11, 8192),
-        (4, 9, 2048),
-    ],
-)  # fmt: skip
-def test_a_step_has_more_tokens_with_more_ranks_as_far_as_memory_goes(
-    degree: int, free: int, tokens: int
-) -> None:
-    """8 GiB, and 1 GiB for 4,096 tokens over all ranks."""
-
-    def need(chunk_tokens: int) -> MemoryNeed:
-        return MemoryNeed(
-            weights=8 << 30, states=0, kv_pages=0, activations=(chunk_tokens << 30) // 4096 // degree
-        )
-
-    assert fitting_chunk_tokens(degree, need, free << 30) == tokens
+def test_the_least_over_the_ranks_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_host_free", lambda: 16 << 30)
+    with pytest.raises(UserError, match=r"4\.00 GiB are free"):
+        require_memory(NEED, CPU, minimum=lambda free: min(free, 4 << 30))
 
 
 def test_a_container_with_a_limit_has_no_more_than_that(

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssm_dist import kernels
 from ssm_dist.kernels import backend, triton_linear, tuning
+from ssm_dist.kernels.gluon_linear_form import held_form
 from ssm_dist.kernels.linear import linear_by_head
 from tests.kernels.inputs import projected_update_inputs, scan_inputs
 
@@ -19,8 +20,8 @@ pytestmark = [
 ]
 
 ROWS = [1, 2, 3, 4, 5, 8, 16, 17, 32, 33, 64]
-SHAPES = [(10240, 2560), (2560, 5120), (192, 5120), (192, 2560), (288, 8192), (288, 4096), (197, 1304),
-          (1280, 160), (3712, 14848), (50280, 2560), (101, 37), (1, 8)]  # fmt: skip
+SHAPES = [(10240, 2560), (2560, 5120), (192, 5120), (192, 2560), (288, 8192), (288, 4096), (264, 1856),
+          (197, 1304), (1280, 160), (3712, 14848), (50280, 2560), (101, 37), (1, 8)]  # fmt: skip
 """(N, K): projections of the released models, and odd ones."""
 
 
@@ -50,6 +51,20 @@ def test_few_rows_of_any_number_are_multiplied(shape: tuple[int, int]) -> None:
             x = torch.randn(rows, 2 * shape[1]).bfloat16()[:, shape[1] :]
             assert bounded(kernels.linear(x, weight, bias), x, weight, bias), rows
             assert torch.equal(kernels.linear(x, weight), kernels.linear(x, weight)), rows
+
+
+@pytest.mark.parametrize("rows", [6, 40])
+def test_a_weight_is_held_where_it_can_be(rows: int) -> None:
+    """Compiled as one graph, too; and where x is at an odd address, which takes another kernel."""
+    with backend.using("triton", "cuda"), torch.device("cuda"):
+        weight, wide = torch.randn(192, 2560).bfloat16(), torch.randn(rows, 2568).bfloat16()
+        torch.cuda.synchronize()
+        assert held_form(wide[:, :2560], weight)
+        compiled = torch.compile(kernels.linear, fullgraph=True, dynamic=True)
+        for x in (wide[:, :2560], wide[:, 4:2564]):
+            y = kernels.linear(x, weight)
+            assert bounded(y, x, weight, None)
+            assert torch.equal(compiled(x, weight), y)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

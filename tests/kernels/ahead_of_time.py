@@ -138,10 +138,12 @@ KERNELS: dict[str, Case] = {
     **{
         f"linear, 16 rows, held, {name}": Case(
             gluon_linear.few_rows_kernel,
-            {"K": 5120, "SHARES": 4, "ROWS": 2, "HAS_BIAS": True, "WARPS": 4, "num_warps": 4, **given},
+            {"K": 5120, "SHARES": 4, "EIGHTS": 2, "HAS_BIAS": True, "WARPS": 4, "num_warps": 4, **given},
             "", (90,),
         )
-        for name, given in {"shared": {}, "shorter": {"K": 2560}}.items()
+        for name, given in {
+            "shared": {}, "alone": {"K": 1280, "SHARES": 1, "EIGHTS": 1, "HAS_BIAS": False},
+        }.items()
     },
     "projected update": Case(
         triton_projected_update._projected_update_kernel, PROJECTED, "projected_state_update"
