@@ -1,5 +1,7 @@
 """Configurations that `decode_kernels` times: of layers alone, and of whole steps."""
 
+from typing import TypeAlias
+
 from ssm_dist.kernels import tuning
 from ssm_dist.kernels.gluon_linear_form import held_op
 
@@ -29,39 +31,59 @@ HELD: list[tuning.Configuration] = [
 """The weight in registers before x is there."""
 
 
-def narrow(op: str, config: tuning.Configuration) -> dict[str, tuning.Configuration | tuning.Rows]:
-    """x_proj by another configuration, larger weights as recorded."""
-    return {op: [(3e6, config), *(row for row in tuning.TABLE[op][90] if row[0] > 3e6)]}
+Configurations: TypeAlias = dict[str, tuning.Configuration | tuning.Rows]
+"""Op -> configuration, where it is not the recorded one."""
+UPDATES: dict[int, dict[str, Configurations]] = {
+    1: {"update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}}},
+    4: {"update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}}},
+}
+"""Sequences -> candidates of the state update."""
+SEQUENCES = (1, 4, 8, 16, 32, 64)
+"""Of the steps to time by configuration."""
 
 
-JOINT: dict[int, dict[str, dict[str, tuning.Configuration | tuning.Rows]]] = {
-    1: {
-        "update 4, 2 warps": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 2}},
-        **{f"rows of {n}": {"linear_1": {"BLOCK_N": n, "AHEAD": 0, "num_warps": 4}} for n in (1, 4, 8)},
-    },
-    4: {
-        "update 4": {"projected_state_update": {"BLOCK_D": 4, "num_warps": 1}},
-        **{
-            f"x_proj {n}": narrow("linear_4", {"BLOCK_N": n, "AHEAD": 0, "num_warps": 4}) for n in (1, 4, 8)
-        },
-    },
-    **{
-        rows: {
-            "x_proj by torch": narrow(op, {}) | {held_op(rows): {}},
-            **{
-                f"x_proj {c['BLOCK_N']}x{c['BLOCK_K']}, {c['PROGRAMS']}": narrow(op, c) | {held_op(rows): {}}
-                for c in candidates
-            },
-            **{
-                f"x_proj held, {c['PROGRAMS']} by {c['num_warps']}": narrow(held_op(rows), c) for c in HELD
-            },
-        }
-        for rows, op, candidates in (
-            (8, "linear_16", MATRIX[4:]), (16, "linear_16", [*MATRIX[4:], DEALT[0]]),
-            (32, "linear_32", DEALT), (64, "linear_64_deep", DEALT),
-        )
-    },
-}  # fmt: skip
-"""Sequences -> candidates of their steps -> op -> configuration, where it is not the recorded one."""
+def replaced(op: str, size: int, config: tuning.Configuration) -> Configurations:
+    """Weights of exactly that size by another configuration, the others as recorded."""
+    recorded = tuning.TABLE[op][90]
+    below = next(config for limit, config in recorded if size - 1 <= limit)
+    return {
+        op: [
+            *(row for row in recorded if row[0] < size - 1),
+            (size - 1, below),
+            (size, config),
+            *(row for row in recorded if row[0] > size),
+        ]
+    }
+
+
+def of_layer(columns: int, width: int, sequences: int) -> dict[str, Configurations]:
+    """Ways to multiply by a weight (N, K), by name. A way that is not to hold it in registers says so."""
+    size = columns * width
+    if sequences <= 4:
+        op = "linear_1" if sequences == 1 else "linear_4"
+        return {f"rows of {c['BLOCK_N']}": replaced(op, size, c) for c in (*VECTOR[:3], VECTOR[4])}
+    rows, held = next(most for most in (16, 32, 64) if sequences <= most), held_op(sequences)
+    op = f"linear_{rows}_deep" if rows == 64 and width > columns else f"linear_{rows}"
+    tiles = {
+        f"{c.get('BLOCK_T', rows)}x{c['BLOCK_N']}x{c['BLOCK_K']}, {c['PROGRAMS']}": c
+        for c in (*MATRIX, *(DEALT if rows > 16 else DEALT[:1]))
+    }
+    not_held = replaced(held, size, {})
+    return {
+        **{way: replaced(op, size, c) | not_held for way, c in {"torch": {}, **tiles}.items()},
+        **{f"held, {c['PROGRAMS']} by {c['num_warps']}": replaced(held, size, c) for c in HELD},
+    }
+
+
+def of_steps(layers: dict[str, tuple[int, int]], sequences: int) -> dict[str, Configurations]:
+    """Candidates of a decode step, one layer at a time; layers: (N, K) by name."""
+    ways = {
+        f"{layer}: {way}": configurations
+        for layer, shape in layers.items()
+        for way, configurations in of_layer(*shape, sequences).items()
+    }
+    return UPDATES.get(sequences, {}) | ways
+
+
 ROWS = (1, 4, 16, 32, 64)
 """Of the linear layers to time."""

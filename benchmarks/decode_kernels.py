@@ -1,18 +1,21 @@
 """Linear layers of few rows by configuration, and whole decode steps by what serves them, on one GPU.
 
-    python -m benchmarks.decode_kernels [--seconds 90] [--out decode_kernels.json]
+    python -m benchmarks.decode_kernels [--seconds 90] [--parts joint steps layers] [--out FILE.json]
 
-Part 1: decode steps of whole models with random weights, from token ids to logits, captured in a CUDA graph,
-by configuration and then by what serves them; milliseconds. Part 2: the linear layers that a rank holds, by
-the candidates of the tuning table and by torch, in a graph of calls on so many weights that the L2 cache
-holds none of them; microseconds a call. The floor is the time to read the weights at a large copy's rate.
-What the time allowed leaves out is said. The last line is one JSON document.
+joint: decode steps of a model with random weights, from token ids to logits, captured in a CUDA graph, by
+configurations of its layers; of the share of one of several ranks with --degree, which then sums nothing.
+steps: of whole models, by what serves them. Both in milliseconds. layers: the linear layers that a rank
+holds, by the candidates of the tuning table and by torch, in a graph of calls on so many weights that the L2
+cache holds none of them; microseconds a call. A layer alone can mislead: its weight may come while the call
+before it runs, and its input from the L1 cache. The floor is the time to read the weights at a large copy's
+rate. What the time allowed leaves out is said. The last line is one JSON document.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import json
 import sys
@@ -26,7 +29,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor
 
-from benchmarks.decode_candidates import DEALT, HELD, JOINT, MATRIX, ROWS, VECTOR
+from benchmarks.decode_candidates import DEALT, HELD, MATRIX, ROWS, SEQUENCES, VECTOR, of_steps
 from ssm_dist import kernels
 from ssm_dist.kernel_benchmark.cases import linear_layers
 from ssm_dist.kernel_benchmark.clock import Call, Clock
@@ -34,7 +37,7 @@ from ssm_dist.kernel_benchmark.program import environment, table
 from ssm_dist.kernels import backend, dependent_launch, triton_linear, tuning
 from ssm_dist.kernels.gluon_linear_form import held_form, held_op
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
-from ssm_dist.models.language_model import LanguageModel
+from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.registry import preset
 
@@ -51,6 +54,7 @@ VARIANTS = {
     "dependent": ([], False),
 }
 """Name -> ops served by their definitions, and whether kernels are launched in the ordinary way."""
+PARTS = ["joint", "steps", "layers"]
 WEIGHTS = 200e6
 """Bytes of weights in a graph at least."""
 
@@ -64,9 +68,15 @@ def variant(name: str) -> Iterator[None]:
         yield
 
 
-def random_model(name: str) -> LanguageModel:
-    """A model of that preset, of random numbers of a size that keeps the activations finite."""
-    spec, config = preset(name)
+def share_of(name: str, degree: int) -> LanguageModelConfig:
+    """Sizes of a preset, with the channels that each of so many ranks has."""
+    config = preset(name)[1]
+    return dataclasses.replace(config, d_inner=config.d_inner // degree)
+
+
+def random_model(name: str, degree: int = 1) -> LanguageModel:
+    """A rank's share of that preset, of random numbers of a size that keeps the activations finite."""
+    spec, config = preset(name)[0], share_of(name, degree)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = spec.build(config)
@@ -99,9 +109,9 @@ def step_of(model: LanguageModel, sequences: int) -> tuple[Call, int]:
     return step, moved
 
 
-def step_rows(model: LanguageModel, clock: Clock, copy: float, deadline: float) -> Iterator[dict[str, Any]]:
+def step_rows(clock: Clock, copy: float, deadline: float) -> Iterator[dict[str, Any]]:
     """Milliseconds of a step by variant, until the deadline; the floor is that of a copy of as many bytes."""
-    loaded = STEPS[0][0]
+    loaded = ""
     for name, sequences in STEPS:
         if time.monotonic() > deadline:
             print(f"left out: {name}, {sequences} sequences", file=sys.stderr)
@@ -116,17 +126,20 @@ def step_rows(model: LanguageModel, clock: Clock, copy: float, deadline: float) 
         yield row
 
 
-def joint_rows(model: LanguageModel, clock: Clock, deadline: float) -> Iterator[dict[str, Any]]:
+def joint_rows(
+    model: LanguageModel, layers: dict[str, tuple[int, int]], chosen: list[int], clock: Clock, deadline: float
+) -> Iterator[dict[str, Any]]:
     """Milliseconds of a step by configuration of some ops, the others as recorded, until the deadline."""
-    for sequences, candidates in JOINT.items():
+    for sequences in chosen:
         step = step_of(model, sequences)[0]
-        for name, configs in {"recorded": {}, **candidates}.items():
+        for name, configs in {"recorded": {}, **of_steps(layers, sequences), "recorded again": {}}.items():
             if time.monotonic() > deadline:
                 print(f"left out: {sequences} sequences, {name}", file=sys.stderr)
                 continue
             with contextlib.ExitStack() as stack:
                 for op, config in configs.items():
                     stack.enter_context(tuning.forced(op, config))
+                stack.enter_context(contextlib.suppress(Exception))  # too much shared memory
                 yield {"sequences": sequences, "config": name, "ms": 1e3 * clock.seconds([step])}
 
 
@@ -196,6 +209,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seconds", type=float, default=90, help="after which no new case starts")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--model", default="mamba-2.8b", help="of the steps by configuration")
+    parser.add_argument("--degree", type=int, default=1, help="theirs: a rank's share, without the sums")
+    parser.add_argument("--sequences", type=int, nargs="+", default=SEQUENCES, help="theirs")
     parser.add_argument("--out", type=Path, help="write the JSON document here too")
     options = parser.parse_args()
     deadline = time.monotonic() + options.seconds
@@ -203,36 +220,30 @@ def main() -> None:
     backend.select("triton", device)
     clock = Clock(device)
     copy = clock.copy_rate()
-    report: dict[str, Any] = {
-        "environment": environment(device),
-        "copy_bytes_s": copy,
-        "steps": [],
-        "joint": [],
-    }
+    report: dict[str, Any] = {"environment": environment(device), "copy_bytes_s": copy}
     times = dict.fromkeys(("floor", "torch", "ordinary", "dependent"), ".2f")
     console = Console(width=180)
-    model = random_model(STEPS[0][0])
-    report["joint"] = list(joint_rows(model, clock, deadline))
-    console.print(
-        table(report["joint"], f"Steps of {STEPS[0][0]}", {"sequences": "d", "config": "", "ms": ".3f"})
-    )
-    report["steps"] = list(step_rows(model, clock, copy, deadline))
-    del model
-    columns = {"model": "", "sequences": "d", **times}
-    columns["separate update"] = ".2f"
-    console.print(table(report["steps"], "Decode steps, ms", columns))
-    report["layers"] = list(layer_rows(clock, copy, deadline))
-    columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
-    console.print(
-        table(
-            [
-                {**row, "best": f"{row['candidates'][0][2]} {_named(row['candidates'][0][1])}"}
-                for row in report["layers"]
-            ],
-            "Linear layers, us",
-            columns,
-        )
-    )
+    if "joint" in options.parts:
+        model = random_model(options.model, options.degree)
+        in_proj, out_proj, x_proj, _ = linear_layers(preset(options.model)[1], options.degree)
+        layers = {"in_proj": in_proj, "out_proj": out_proj, "x_proj": x_proj}
+        rows = joint_rows(model, layers, options.sequences, clock, deadline)
+        report["joint"] = [{"model": options.model, "degree": options.degree, **row} for row in rows]
+        columns = {"sequences": "d", "config": "", "ms": ".3f"}
+        console.print(table(report["joint"], f"Steps of {options.model} / {options.degree}", columns))
+        del model
+    if "steps" in options.parts:
+        report["steps"] = list(step_rows(clock, copy, deadline))
+        columns = {"model": "", "sequences": "d", **times, "separate update": ".2f"}
+        console.print(table(report["steps"], "Decode steps, ms", columns))
+    if "layers" in options.parts:
+        report["layers"] = list(layer_rows(clock, copy, deadline))
+        best = [
+            {**row, "best": f"{row['candidates'][0][2]} {_named(row['candidates'][0][1])}"}
+            for row in report["layers"]
+        ]
+        columns = {"N": "d", "K": "d", "rows": "d", **times, "of_floor": ".0%", "best": ""}
+        console.print(table(best, "Linear layers, us", columns))
     document = json.dumps(report)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
