@@ -16,7 +16,7 @@ from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
 from ssm_dist.graphs import Graphs
 from ssm_dist.parallel.collectives import wait_for_event
-from ssm_dist.prefill import HALVES_FROM, ScanTime
+from ssm_dist.prefill import HALVES_FROM
 from ssm_dist.sampling.sampler import Sampler
 from ssm_dist.state_cache import StateCache
 
@@ -42,20 +42,9 @@ def start_engine(loaded: LoadedModel, cache: StateCache, config: Config) -> Engi
         overlap_tokens=0 if loaded.tp is None else overlap_tokens(config),
         wait=_bounded_wait(loaded),
     )
-    engine.prefill.scan_time = _scan_time(loaded)
     logger.info("compile: mode %s", mode)
     _capture(engine, speaks=loaded.tp is None or loaded.tp.rank == 0)
     return engine
-
-
-def _scan_time(loaded: LoadedModel) -> ScanTime | None:
-    """Of a rank's channels, where that is known; the same on all ranks."""
-    if loaded.device.type != "cuda" or loaded.kernels == "reference":
-        return None
-    from ssm_dist.kernels.triton_scan import nanoseconds  # a CPU needs no Triton
-
-    channels, device = loaded.model.state_shapes().ssm[0], loaded.device
-    return lambda tokens, sequences: nanoseconds(tokens, sequences, channels, device)
 
 
 def overlap_tokens(config: Config) -> int:

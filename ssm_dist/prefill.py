@@ -6,12 +6,7 @@ long one is worked on in two halves, whose sums over ranks hide behind each othe
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import math
-from collections.abc import Callable
 from functools import partial
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,22 +31,13 @@ ones take a sixth to an eighth of a step's time, which halves hide. Quantised on
 a scan, and gain nothing by it in shorter steps."""
 
 
-UNEVEN, WORTH = 1 / 8, 0.9
-"""How far from the middle a step may be parted, of its tokens, if the scans then take so much less."""
-
-ScanTime: TypeAlias = Callable[[int, int], float]
-"""Of (tokens, sequences): how long their scan takes, in any unit."""
-
-
 class Prefill:
     """One rank's prefill steps."""
 
     def __init__(
-        self, model: LanguageModel, cache: StateCache, packer: Packer, chunk_tokens: int, overlap_tokens: int,
-        scan_time: ScanTime | None = None,
-    ) -> None:  # fmt: skip
+        self, model: LanguageModel, cache: StateCache, packer: Packer, chunk_tokens: int, overlap_tokens: int
+    ) -> None:
         """chunk_tokens: of a step at most. overlap_tokens: a step of so many has halves; 0: none has."""
-        self.scan_time = scan_time
         self.overlap_tokens = overlap_tokens
         self.chunk_tokens = chunk_tokens
         self._model, self._cache, self._packer = model, cache, packer
@@ -82,28 +68,11 @@ class Prefill:
 
     def _parts(self, chunks: list[Chunk], tokens: int, *, padded: bool) -> list[list[Chunk]]:
         """All chunks, or two halves of them, of which the first needs no padding."""
-        half = self._half(chunks, tokens, padded=padded)
+        half = -(-tokens // 2)
+        half = self._bucket(half) if padded else half
         if half < tokens and 0 < self.overlap_tokens <= tokens:
             return [*split(chunks, half)]
         return [chunks]
-
-    def _half(self, chunks: list[Chunk], tokens: int, *, padded: bool) -> int:
-        """Tokens of the first half: half of all, or up to a sequence's end nearby if scans are faster so."""
-        middle = -(-tokens // 2)
-        middle = self._bucket(middle) if padded else middle
-        scan_time = self.scan_time
-        if scan_time is None:
-            return middle
-        ends = [*itertools.accumulate(chunk.length for chunk in chunks)]
-
-        def scans(half: int) -> float:
-            first = bisect.bisect_left(ends, half) + 1
-            rest = len(ends) - bisect.bisect_right(ends, half)
-            return scan_time(half, first) + scan_time(tokens - half, rest) if rest else math.inf
-
-        near = [end for end in ends if abs(end / tokens - 1 / 2) <= UNEVEN]
-        best = min((end for end in near if not padded or self._bucket(end) == end), key=scans, default=middle)
-        return best if scans(best) < WORTH * scans(middle) else middle
 
     def _shapes(self, parts: list[list[Chunk]], *, padded: bool) -> tuple[Shape, ...]:
         """What the parts are padded to, if they are: to as many sequences each, so that shapes come again."""

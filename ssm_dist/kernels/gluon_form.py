@@ -90,23 +90,13 @@ def _in_chunks(length: int, warps: int) -> Iterator[tuple[float, Form]]:
             yield cost, Form(chunk, 1, 1, 1, 4, None, cut)
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(tokens: int, sequences: int, channels: int, streams: bool) -> Form:
     """The form for sequences of about equal lengths; streams: whether the inputs are such."""
-    if streams and STREAMED:
-        return _streamed(tokens, sequences, channels)[1]
     length, warps = -(-tokens // sequences), sequences * -(-channels // 16)
-    chunks = min(ENOUGH // warps, length // SHORTEST)
-    return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
-
-
-def nanoseconds(tokens: int, sequences: int, channels: int) -> float:
-    """What such sequences take by their form, if streamed."""
-    return _streamed(tokens, sequences, channels)[0]
-
-
-@functools.lru_cache(maxsize=4096)
-def _streamed(tokens: int, sequences: int, channels: int) -> tuple[float, Form]:
-    length, warps = -(-tokens // sequences), sequences * -(-channels // 16)
+    if not (streams and STREAMED):
+        chunks = min(ENOUGH // warps, length // SHORTEST)
+        return Form(16 * -(-length // (16 * chunks))) if chunks >= 3 else Form()
     # a scheduler with one warp more than others holds them all up
     whole = length * (LATENCY + SHARE * math.ceil(warps / SCHEDULERS)), Form(0, 1, 1, 1, 4, 96)
-    return min([whole, *_in_chunks(length, warps)], key=operator.itemgetter(0))
+    return min([whole, *_in_chunks(length, warps)], key=operator.itemgetter(0))[1]

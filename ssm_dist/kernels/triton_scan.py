@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_dist.kernels import backend, gluon_form
+from ssm_dist.kernels import backend
 from ssm_dist.kernels.gluon_form import choose, serves, streams
 from ssm_dist.kernels.gluon_support import gluon_module
 from ssm_dist.kernels.triton_common import LOG2_E, chunk_of_program, exp2, only_if, silu, softplus
@@ -176,12 +176,6 @@ def scan(
                 num_warps=1, enable_fp_fusion=True,
             )  # fmt: skip
     return y
-
-
-def nanoseconds(tokens: int, sequences: int, channels: int, device: torch.device) -> float:
-    """What the scan of sequences of about equal lengths takes; 0 where another kernel than Hopper's runs."""
-    known = gluon_module("gluon_scan", device) is not None
-    return gluon_form.nanoseconds(tokens, sequences, channels) if known else 0.0
 
 
 @backend.register("selective_scan", "triton")

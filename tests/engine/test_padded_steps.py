@@ -14,10 +14,8 @@ from ssm_dist.generation import Run
 from ssm_dist.graphs import bucket, buckets
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.requests import Request
-from ssm_dist.scheduler import Chunk
 from tests.engine.checkpoints import save_checkpoint
 from tests.engine.exact import HYBRID, PURE, exact_continuation, exact_engine
-from tests.engine.test_scheduler import sequence
 
 PROMPTS = [[3] * 37, [5, 1, 2], [7], [2, 2] * 9, [11] * 5]
 
@@ -47,7 +45,6 @@ def test_padded_steps_on_an_exact_model_answer_as_each_request_alone(
     engine = exact_engine(HYBRID if paged else PURE, 4, 256)
     engine.graphs = padding = Padding()
     engine.prefill.chunk_tokens, engine.prefill.overlap_tokens = 16, overlap_tokens
-    engine.prefill.scan_time = by_warps
     run = Run(engine, PrefixCache(engine.cache), None, (), 16)
     requests = [Request(i, None, p, SamplingParams(max_new_tokens=9)) for i, p in enumerate(PROMPTS)]
     answers: dict[int, list[int]] = {i: [] for i in range(len(PROMPTS))}
@@ -57,26 +54,6 @@ def test_padded_steps_on_an_exact_model_answer_as_each_request_alone(
     assert {key[0] for key in padding.keys} == {"prefill", "decode"}
     halved = [key for key in padding.keys if key[0] == "prefill" and len(key) > 2]
     assert bool(halved) == bool(overlap_tokens)
-
-
-def by_warps(tokens: int, sequences: int) -> float:
-    """As of a scan whose time goes in steps: up to three sequences take as long as one."""
-    return tokens / sequences * -(-sequences // 3)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "half"),
-    [([20] * 8, 60), ([20] * 12, 120), ([160], 80), ([7, 153], 80), ([57, 3, 100], 80)],
-    ids=str,
-)
-def test_steps_are_parted_where_scans_are_faster(lengths: list[int], half: int) -> None:
-    """By a tenth at least, at a sequence's end, no more than an eighth of the tokens off the middle."""
-    engine = exact_engine(PURE, 4, 256)
-    engine.prefill.scan_time = by_warps
-    chunks = [Chunk(sequence(i, length, 1), 0, length) for i, length in enumerate(lengths)]
-    assert engine.prefill._half(chunks, sum(lengths), padded=False) == half
-    engine.prefill.scan_time = None
-    assert engine.prefill._half(chunks, sum(lengths), padded=False) == sum(lengths) // 2
 
 
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "zamba"])
