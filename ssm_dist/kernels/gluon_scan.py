@@ -24,7 +24,8 @@ from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_form import Form
 from ssm_dist.kernels.gluon_stream import stream
-from ssm_dist.kernels.gluon_warp import LOG2_E, advance, lanes, shuffle
+from ssm_dist.kernels.gluon_warp import advance, lanes, shuffle
+from ssm_dist.kernels.triton_common import LOG2_E
 
 
 @gluon.jit

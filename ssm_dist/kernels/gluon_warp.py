@@ -21,7 +21,7 @@ A NaN or infinite dt x spoils up to three tokens before it, of the same channel 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ssm_dist.kernels.triton_common import log1p_coefficient
+from ssm_dist.kernels.triton_common import LOG2_E, log1p_coefficient
 
 
 @gluon.constexpr_function
@@ -31,7 +31,6 @@ def lanes(warps):
     return gl.DistributedLinearLayout([], [[8], [16], [1], [2], [4]], bases, [], [32 * warps])
 
 
-LOG2_E = gl.constexpr(1.4426950408889634)
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
 RESTORED = gl.constexpr(1 + 2**-11 * 0.7213475)
 """Against what is lost when a mantissa m, of density 1 / m, loses its last 13 bits: 2^-11 / m on average."""

@@ -13,9 +13,7 @@ from ssm_dist.kernels import backend, triton_projected_update_many, tuning
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.kernels.scan import projected_state_update_reference
-from ssm_dist.kernels.triton_common import exp2, silu, softplus
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ssm_dist.kernels.triton_common import LOG2_E, exp2, silu, softplus
 
 
 @triton.jit

@@ -8,9 +8,7 @@ from torch import Tensor
 from ssm_dist.kernels import backend, tuning
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
-from ssm_dist.kernels.triton_common import exp2, only_if, silu, softplus
-
-LOG2_E = tl.constexpr(1.4426950408889634)
+from ssm_dist.kernels.triton_common import LOG2_E, exp2, only_if, silu, softplus
 
 
 @triton.jit

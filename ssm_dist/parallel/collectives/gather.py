@@ -51,8 +51,10 @@ def broadcast_bytes(data: bytes, group: str, device: torch.device) -> bytes:
     dist.broadcast(size, group_src=0, group=handle)
     if int(size) == 0:  # torch.frombuffer refuses an empty buffer
         return b""
-    buffer = torch.zeros(int(size), dtype=torch.uint8, device=device)
     if dist.get_rank(handle) == 0:
-        buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8).to(device)
+        dist.broadcast(buffer, group_src=0, group=handle)
+        return data
+    buffer = torch.empty(int(size), dtype=torch.uint8, device=device)
     dist.broadcast(buffer, group_src=0, group=handle)
     return buffer.cpu().numpy().tobytes()
