@@ -2,7 +2,9 @@
 
 from typing import TypeAlias
 
-from ssm_dist.kernels import tuning
+import torch
+
+from ssm_dist.kernels import triton_linear, tuning
 from ssm_dist.kernels.gluon_linear_form import held_op
 
 VECTOR = [
@@ -59,11 +61,11 @@ def replaced(op: str, size: int, config: tuning.Configuration) -> Configurations
 def of_layer(columns: int, width: int, sequences: int) -> dict[str, Configurations]:
     """Ways to multiply by a weight (N, K), by name. A way that is not to hold it in registers says so."""
     size = columns * width
-    if sequences <= 4:
-        op = "linear_1" if sequences == 1 else "linear_4"
+    if sequences <= triton_linear.VECTOR_ROWS:
+        op = triton_linear.vector_op(sequences)
         return {f"rows of {c['BLOCK_N']}": replaced(op, size, c) for c in (*VECTOR[:3], VECTOR[4])}
-    rows, held = next(most for most in (16, 32, 64) if sequences <= most), held_op(sequences)
-    op = f"linear_{rows}_deep" if rows == 64 and width > columns else f"linear_{rows}"
+    rows, held = tuning.padded(sequences), held_op(sequences)
+    op = triton_linear.matrix_op(sequences, torch.empty(columns, width, device="meta"))
     tiles = {
         f"{c.get('BLOCK_T', rows)}x{c['BLOCK_N']}x{c['BLOCK_K']}, {c['PROGRAMS']}": c
         for c in (*MATRIX, *(DEALT if rows > 16 else DEALT[:1]))

@@ -37,7 +37,7 @@ from ssm_dist.kernel_benchmark.program import environment, table
 from ssm_dist.kernels import backend, dependent_launch, triton_linear, tuning
 from ssm_dist.kernels.gluon_linear_form import held_form, held_op
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
-from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.registry import preset
 
@@ -68,15 +68,10 @@ def variant(name: str) -> Iterator[None]:
         yield
 
 
-def share_of(name: str, degree: int) -> LanguageModelConfig:
-    """Sizes of a preset, with the channels that each of so many ranks has."""
-    config = preset(name)[1]
-    return dataclasses.replace(config, d_inner=config.d_inner // degree)
-
-
 def random_model(name: str, degree: int = 1) -> LanguageModel:
     """A rank's share of that preset, of random numbers of a size that keeps the activations finite."""
-    spec, config = preset(name)[0], share_of(name, degree)
+    spec, config = preset(name)
+    config = dataclasses.replace(config, d_inner=config.d_inner // degree)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("cuda"):
         model = spec.build(config)
@@ -163,9 +158,10 @@ def candidates_row(
         rows, MATRIX + DEALT if weights[0].numel() < 3e6 else MATRIX
     )
     held, found = held_op(rows), list[tuple[float, dict[str, int], str]]()
-    for kind, config in [*((op, config) for config in candidates), *((held, config) for config in HELD)]:
+    ways = [(op, config) for config in candidates] + [(held, config) for config in ([] if few else HELD)]
+    for kind, config in ways:
         with linear_by(kind, config, held), contextlib.suppress(Exception):  # too much shared memory
-            if kind == op or (not few and held_form(x, weights[0])):
+            if kind == op or held_form(x, weights[0]):
                 found.append((1e6 * clock.seconds(calls), config, kind))
     found.sort(key=lambda way: way[0])
     _, config, kind = found[0]

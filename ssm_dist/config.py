@@ -135,6 +135,7 @@ class CompileConfig(Section):
 
 
 CHUNK_TOKENS = 16384
+"""Of a prefill step by default, on one GPU or a CPU."""
 
 
 class PrefillConfig(Section):

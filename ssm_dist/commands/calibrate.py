@@ -24,8 +24,7 @@ def run(config: CalibrationJob) -> None:
     kernels = backend.select(config.kernels.backend, ranks.device)
     source = open_source(config, ranks.device.type, ranks)
     tp = TensorParallel.over_all_ranks(ranks.device.type, reductions_of(config.reduction))
-    width = source.config.d_model
-    tokens = config.chunk_tokens(ranks.device.type)
+    width, tokens = source.config.d_model, config.chunk_tokens(ranks.device.type)
     if ranks.device.type == "cuda" and kernels != "reference":
         tp.share_memory(tokens, width, source.dtype, ranks.device)
     options = config.calibration

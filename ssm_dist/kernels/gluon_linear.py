@@ -142,6 +142,17 @@ def few_rows_kernel(
 
 
 @gluon.jit
+def _place(element, first, n0, tokens, columns):
+    """Where a tile of 16 outputs of eight rows goes, by register r of lane 4 g + i as element 4 lane + r.
+
+    That is output g + r // 2 * 8 of row 2 i + r % 2. Returns its number in (T, N), whether it exists, and n.
+    """
+    n = n0 + element // 16 + element % 4 // 2 * 8
+    token = first + element // 4 % 4 * 2 + element % 2
+    return token.to(gl.int64) * columns + n, (token < tokens) & (n < columns), n
+
+
+@gluon.jit
 def _finish(
     sums, bias, y, parts, counter, share, first, n0, tokens, columns,
     SHARES: gl.constexpr, EIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPS: gl.constexpr,
@@ -157,25 +168,20 @@ def _finish(
         lanes = gl.join(gl.join(s[0], s[2]), gl.join(s[1], s[3])).reshape([WARPS, 128])
         joint.index(r).store(gl.convert_layout(lanes, ALONG))
     barrier()
-    element = gl.arange(0, 128, LINE)  # register r of lane 4 g + i: output g + r // 2 * 8, row 2 i + r % 2
-    n = n0 + element // 16 + element % 4 // 2 * 8
+    element = gl.arange(0, 128, LINE)
     size = tokens.to(gl.int64) * columns
     last = True
     if SHARES > 1:
         for r in gl.static_range(EIGHTS):
-            token = first + 8 * r + element // 4 % 4 * 2 + element % 2
-            total = gl.sum(joint.index(r).load(ACROSS), 0)
-            inside = (token < tokens) & (n < columns)
-            gl.store(parts + share * size + token.to(gl.int64) * columns + n, total, mask=inside)
+            cell, inside, _ = _place(element, first + 8 * r, n0, tokens, columns)
+            gl.store(parts + share * size + cell, gl.sum(joint.index(r).load(ACROSS), 0), mask=inside)
         barrier()
         last = gl.atomic_add(counter, 1, sem="acq_rel") == SHARES - 1
     if last:
         if SHARES > 1:
             gl.store(counter, 0)
         for r in gl.static_range(EIGHTS):
-            token = first + 8 * r + element // 4 % 4 * 2 + element % 2
-            inside = (token < tokens) & (n < columns)
-            cell = token.to(gl.int64) * columns + n
+            cell, inside, n = _place(element, first + 8 * r, n0, tokens, columns)
             if SHARES > 1:
                 total = gl.zeros([128], gl.float32, LINE)
                 for other in gl.static_range(SHARES):

@@ -16,7 +16,7 @@ STEP, MOST_STEPS = 32, 10
 
 def held_op(rows: int) -> str:
     """The tuning table's name for so many rows."""
-    return f"linear_{next(most for most in (16, 32, 64) if rows <= most)}_held"
+    return f"linear_{tuning.padded(rows)}_held"
 
 
 def held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:

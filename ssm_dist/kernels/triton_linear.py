@@ -51,7 +51,7 @@ def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, heads: in
 def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     config = dict(_matrix_configuration(x, weight))
-    rows = min(config.pop("BLOCK_T", MOST_ROWS), _padded(tokens))
+    rows = min(config.pop("BLOCK_T", MOST_ROWS), tuning.padded(tokens))
     across, steps = triton.cdiv(columns, config["BLOCK_N"]), triton.cdiv(width, config["BLOCK_K"])
     tiles = triton.cdiv(tokens, rows) * across
     shares = min(max(1, config.pop("PROGRAMS") // tiles), steps) if tiles <= COUNTERS else 1
@@ -63,10 +63,6 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
         across, SHARED=shares > 1, WHOLE=width % config["BLOCK_K"] == 0,
         HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),
     )  # fmt: skip
-
-
-def _padded(tokens: int) -> int:
-    return next(rows for rows in (16, 32, 64) if tokens <= rows)
 
 
 def _vector_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
@@ -86,7 +82,7 @@ def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
 
 def matrix_op(rows: int, weight: Tensor) -> str:
     """The table's name of the tensor cores' kernel for so many rows."""
-    padded = _padded(rows)
+    padded = tuning.padded(rows)
     deep = padded == MOST_ROWS and weight.shape[1] > weight.shape[0]
     return f"linear_{padded}_deep" if deep else f"linear_{padded}"
 
@@ -115,15 +111,16 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
     held = _held_form(x, weight)
     gluon = gluon_module("gluon_linear", x.device) if held else None
-    holds = gluon is not None and not (x.data_ptr() % 16 or weight.data_ptr() % 16)
-    if not holds and not _by_vector(x, weight) and not _matrix_configuration(x, weight):
-        return F.linear(x, weight, bias)
     y = empty_outputs(x, weight)
     with torch.cuda.device_of(x):
-        if gluon is not None and holds:
+        if gluon is not None and not (x.data_ptr() % 16 or weight.data_ptr() % 16):
             gluon.few_rows(x, weight, bias, y, held)
+        elif _by_vector(x, weight):
+            _vector(x, weight, bias, y)
+        elif _matrix_configuration(x, weight):
+            _matrix(x, weight, bias, y)
         else:
-            (_vector if _by_vector(x, weight) else _matrix)(x, weight, bias, y)
+            y = F.linear(x, weight, bias)
     return y
 
 

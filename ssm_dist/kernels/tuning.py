@@ -174,6 +174,11 @@ TABLE: dict[str, dict[int, Rows]] = {
 _forced: dict[str, Rows] = {}
 
 
+def padded(rows: int) -> int:
+    """Rows of a tile of the tensor cores for so many, 64 at most; names of linear layers here have it."""
+    return next(tile for tile in (16, 32, 64) if rows <= tile)
+
+
 def configuration(op: str, size: float, device: torch.device) -> Configuration:
     """The configuration of `op` for that size, on the newest recorded architecture not newer than `device`.
 
