@@ -86,6 +86,11 @@ def implementation(op: str) -> Callable[..., Any]:
     return _implementations[op][_serving[op]]
 
 
+def origin(op: str) -> str:
+    """Where the function that implements `op` is from: reference, triton or mamba_ssm."""
+    return _serving[op]
+
+
 def select(name: BackendName, device: torch.device | str | None = None) -> str:
     """Choose the backend of all ops for this process; returns the name of the one that will run.
 

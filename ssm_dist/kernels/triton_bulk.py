@@ -9,8 +9,7 @@ sends, so that the bits of all ranks agree.
 
 Programs work in rounds, that the link and the memory are both busy. Program p of g takes the tiles p, p + g,
 p + 2 g, ... of every stripe, on all ranks. In step s it sends its parts of its tile s, adds up tile s - 1 and
-collects tile s - 2: what has just come is still in the cache. Without a norm, half of the programs send last
-in their steps, so that the link is not idle while all collect. A program waits for the programs p of the
+collects tile s - 2: what has just come is still in the cache. A program waits for the programs p of the
 others alone, by one flag of each, which counts the steps that they have done; its own count is in its
 device's memory. Steps are as many on all ranks, whatever tiles a call has; a program that a call has no tile
 for counts on no rank.
@@ -27,13 +26,14 @@ whatever the shapes and codecs of successive calls.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 from ssm_dist.kernels.carveout import let_others_beside
-from ssm_dist.kernels.codecs import row_layout
+from ssm_dist.kernels.codecs import RowLayout, row_layout
 from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
 from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
 
@@ -44,17 +44,40 @@ added up, 2: sums are collected) of all rounds after the other."""
 CODE = 192
 """What the error word says of a wait of this file that failed, besides the missing rank."""
 
+LINE = 128
+"""Bytes that are stored together."""
+
 PROGRAMS = 2048
 """At most; there are flags for so many."""
 
-PROGRAMS_A_MULTIPROCESSOR = 8
-"""So many are there at a time: a program that waits must not keep out those that it waits for."""
 
-CHOSEN_A_MULTIPROCESSOR = 4
-"""Unless told otherwise. More would have fewer rounds, and then little is sent while something is read."""
+class Form(NamedTuple):
+    """How a kernel of long messages is compiled."""
 
-MOST_REGISTERS = 64
-"""A thread, so that they are: 65536 a multiprocessor for 8 programs of 128 threads."""
+    programs: int
+    """A multiprocessor at most; all of them are there at a time."""
+    send: int
+    """Chunks of a tile that are loaded before the first of them is encoded and sent, at most."""
+    add: int
+    """The same of parts to add up, over the ranks that sent some."""
+    norm: int
+    """The same of sums to norm."""
+    collect: int
+    """The same of sums to decode."""
+
+    @property
+    def registers(self) -> int:
+        """A thread at most, so that all programs are there: one that waits must not keep out another."""
+        return 65536 // (self.programs * 32 * WARPS)
+
+
+WARPS = 4
+"""A program: a row of a tile each."""
+
+ALONE, BESIDE = Form(4, 5, 5, 5, 10), Form(8, 2, 2, 2, 4)
+"""Of a kernel that may take whole multiprocessors, and of one that leaves room for others. Latencies add up
+to what the link takes, since all programs send, and wait, at the same time: so many loads are in flight.
+With more programs, each has fewer rounds, and then little is sent while something is read."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +92,7 @@ class BulkMemory:
     error: Tensor
     """What `triton_remote.error_words` made: the code of a wait that failed, if one has."""
     capacity: int
-    """Bytes of each of the two regions, a multiple of 16."""
+    """Bytes of each of the two regions, a multiple of 128."""
     limit: int
     """Nanoseconds that a wait may take."""
 
@@ -88,11 +111,18 @@ def _flag_bytes(ranks: int) -> int:
     return ranks * PROGRAMS * 4
 
 
+def row_bytes(layout: RowLayout) -> int:
+    """Of an encoded row in memory: whole lines of it, or most stores would write parts of lines.
+
+    Over a link they take longer. What fills a line up is not sent.
+    """
+    return -(-layout.bytes // LINE) * LINE
+
+
 def rows_that_fit(width: int, dtype: torch.dtype, codec: str, group_size: int, memory: BulkMemory) -> int:
     """Rows that one call can sum, a multiple of the number of ranks."""
-    return (
-        memory.capacity // (row_layout(width, dtype, codec, group_size).bytes * memory.ranks) * memory.ranks
-    )
+    size = row_bytes(row_layout(width, dtype, codec, group_size))
+    return memory.capacity // (size * memory.ranks) * memory.ranks
 
 
 def bulk_sum(
@@ -140,26 +170,36 @@ def _launch(
     rows, width = x.shape
     layout = row_layout(width, x.dtype, codec, group_size)
     stripe = triton.cdiv(rows, memory.ranks)
-    assert memory.ranks * stripe * layout.bytes <= memory.capacity, "more than fits: see rows_that_fit"
+    assert memory.ranks * stripe * row_bytes(layout) <= memory.capacity, "more than fits: see rows_that_fit"
     whole = residual is not None and residual.shape[0] == rows
     assert residual is None or whole or residual.shape[0] == stripe
     parts_at = _flag_bytes(memory.ranks)
-    multiprocessors = _multiprocessors(x.device)
-    wanted = CHOSEN_A_MULTIPROCESSOR * multiprocessors if programs is None else programs
-    grid = min(wanted, PROGRAMS, triton.cdiv(stripe, ROWS), PROGRAMS_A_MULTIPROCESSOR * multiprocessors)
+    form = ALONE if programs is None else BESIDE
+    most = min(PROGRAMS, form.programs * _multiprocessors(x.device))
+    grid = min(most if programs is None else min(programs, most), triton.cdiv(stripe, ROWS))
     with torch.cuda.device_of(x):
         launched = bulk_kernel[(grid,)](
             x, residual, weight, y, total, eps,
             rows, width, (width + 1) // 2, stripe, memory.rank * stripe if whole else 0,
-            layout.bytes, layout.scales,
+            row_bytes(layout), layout.scales,
             memory.rank, memory.peers, memory.epochs, memory.error, memory.limit,
             parts_at, parts_at + memory.capacity,
             RANKS=memory.ranks, CODEC=CODES[codec], GROUP=group_size, WITH_NORM=weight is not None,
             HAS_RESIDUAL=residual is not None, CODE=CODE, FLAGS=4 * PROGRAMS,
-            ROWS=ROWS, CHUNK=CHUNK, PHASE=phase,
-            num_warps=4, maxnreg=MOST_REGISTERS, enable_fp_fusion=False,
+            ROWS=ROWS, CHUNK=CHUNK, PHASE=phase, **aheads(form, width, memory.ranks),
+            num_warps=WARPS, maxnreg=form.registers, enable_fp_fusion=False,
         )  # fmt: skip
     let_others_beside(launched)
+
+
+def aheads(form: Form, width: int, ranks: int) -> dict[str, int]:
+    """What the kernel takes of `form`, by name: rows of that width have their chunks dealt out evenly."""
+    chunks = triton.cdiv(width, CHUNK)
+    most = {
+        "SEND_AHEAD": form.send, "ADD_AHEAD": form.add // max(1, ranks - 1), "NORM_AHEAD": form.norm,
+        "COLLECT_AHEAD": form.collect,
+    }  # fmt: skip
+    return {name: triton.cdiv(chunks, triton.cdiv(chunks, max(1, n))) for name, n in most.items()}
 
 
 def _multiprocessors(device: torch.device) -> int:

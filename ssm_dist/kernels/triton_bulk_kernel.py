@@ -7,19 +7,6 @@ from ssm_dist.kernels.triton_bulk_tiles import add_up, collect, peer, send_parts
 from ssm_dist.kernels.triton_remote import raise_flag, wait_for_flag
 
 
-@triton.jit
-def _send_tile(
-    x, peers, parts_at, rank, tile, rows, width, halves, stripe, row_bytes, scales_at,
-    RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """A tile of every other rank's stripe, to its owner."""
-    for other in range(RANKS - 1):
-        send_parts(
-            x, peer(peers, other, RANKS) + parts_at, tile, (rank + 1 + other) % RANKS * stripe, rank * stripe,
-            rows, width, halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
-        )  # fmt: skip
-
-
 # rank: the same code on all ranks, so that their bits agree; the others: nothing to gain from compiling again
 @triton.jit(do_not_specialize=["rank", "residual_row", "rows", "stripe"])
 def bulk_kernel(
@@ -29,6 +16,7 @@ def bulk_kernel(
     RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, WITH_NORM: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, CODE: tl.constexpr, FLAGS: tl.constexpr,
     ROWS: tl.constexpr, CHUNK: tl.constexpr, PHASE: tl.constexpr,
+    SEND_AHEAD: tl.constexpr, ADD_AHEAD: tl.constexpr, NORM_AHEAD: tl.constexpr, COLLECT_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: every num_programs-th tile of ROWS rows, of all stripes of `stripe` rows, a tile a round.
 
@@ -40,16 +28,16 @@ def bulk_kernel(
     epoch = tl.load(epochs + program)
     rounds = tl.cdiv(tl.cdiv(stripe, ROWS) - program, programs)  # the same on all ranks
     failed, own = error.to(tl.int64), peers[RANKS - 1]
-    # Half of the programs send last, when the others do not use the link. With a norm, this is slower.
-    first = WITH_NORM | (PHASE >= 0) | (program * 2 < programs)
 
     for step in tl.range(0, rounds + 2, disable_licm=True):  # what phases begin with takes too many registers
         tile = program + step * programs
-        if (PHASE <= 0) & (step < rounds) & first:
-            _send_tile(
-                x, peers, parts_at, rank, tile, rows, width, halves, stripe, row_bytes, scales_at,
-                RANKS, CODEC, GROUP, ROWS, CHUNK,
-            )  # fmt: skip
+        if (PHASE <= 0) & (step < rounds):
+            for other in range(RANKS - 1):
+                send_parts(
+                    x, peer(peers, other, RANKS) + parts_at, tile, (rank + 1 + other) % RANKS * stripe,
+                    rank * stripe, rows, width, halves, stripe, row_bytes, scales_at,
+                    CODEC, GROUP, ROWS, CHUNK, SEND_AHEAD,
+                )  # fmt: skip
         if (PHASE != 0) & (step > 0):
             for other in range(RANKS - 1):
                 sender = (rank + 1 + other) % RANKS
@@ -60,19 +48,14 @@ def bulk_kernel(
             add_up(
                 x, residual, weight, y, total, eps, own + parts_at, peers, sums_at, rank, residual_row,
                 tile - programs, rows, width, halves, stripe, row_bytes, scales_at,
-                RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK,
+                RANKS, CODEC, GROUP, WITH_NORM, HAS_RESIDUAL, ROWS, CHUNK, ADD_AHEAD, NORM_AHEAD,
             )  # fmt: skip
         if ((PHASE < 0) | (PHASE == 2)) & (step > 1):
             for other in range(RANKS - 1):
                 collect(
                     y, own + sums_at, tile - 2 * programs, (rank + 1 + other) % RANKS * stripe, rows, width,
-                    halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK,
+                    halves, stripe, row_bytes, scales_at, CODEC, GROUP, ROWS, CHUNK, COLLECT_AHEAD,
                 )  # fmt: skip
-        if (PHASE < 0) & (step < rounds) & (not first):
-            _send_tile(
-                x, peers, parts_at, rank, tile, rows, width, halves, stripe, row_bytes, scales_at,
-                RANKS, CODEC, GROUP, ROWS, CHUNK,
-            )  # fmt: skip
         if (PHASE != 2) & (step <= rounds):
             tl.debug_barrier()
             for other in range(RANKS - 1):

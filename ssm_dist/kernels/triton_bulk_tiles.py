@@ -15,9 +15,6 @@ from ssm_dist.kernels.triton_codec_tiles import (
     store_with_kept,
 )
 
-SEND_AHEAD, COLLECT_AHEAD = tl.constexpr(2), tl.constexpr(4)
-"""Chunks that are loaded before the first of them is worked on; of sums, as codes are few bytes."""
-
 
 @triton.jit
 def _tile(tile, first_row, rows, stripe, ROWS: tl.constexpr):
@@ -51,19 +48,19 @@ def peer(peers, step, RANKS: tl.constexpr):
 @triton.jit
 def send_parts(
     x, to, tile, first_row, slot_row, rows, width, halves, stripe, row_bytes, scales_at,
-    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Encode a tile of the stripe from first_row on, to slot_row of the region at `to`."""
     local, exists = _tile(tile, first_row, rows, stripe, ROWS)
     at = _rows_at(to, slot_row + local, row_bytes)
     kept = tl.zeros((ROWS, CHUNK // RUN), tl.float32)
-    for begin in range(0, width, SEND_AHEAD * CHUNK):
+    for begin in range(0, width, AHEAD * CHUNK):
         loaded = ()
-        for ahead in tl.static_range(SEND_AHEAD):
+        for ahead in tl.static_range(AHEAD):
             column, inside = _chunk(begin + ahead * CHUNK, width, CHUNK)
             source = x + (first_row + local)[:, None] * width + column
             loaded += (tl.load(source, mask=exists[:, None] & inside, other=0.0),)
-        for ahead in tl.static_range(SEND_AHEAD):
+        for ahead in tl.static_range(AHEAD):
             first = begin + ahead * CHUNK
             payload, scale = quantised(loaded[ahead].to(tl.float32), CODEC, GROUP, x.dtype.element_ty)
             kept = kept_scales(kept, scale, first, CODEC, GROUP)
@@ -140,10 +137,10 @@ def add_up(
     x, residual, weight, y, total, eps, parts, peers, sums_at, rank, residual_row, tile,
     rows, width, halves, stripe, row_bytes, scales_at,
     RANKS: tl.constexpr, CODEC: tl.constexpr, GROUP: tl.constexpr, WITH_NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
+    NORM_AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Sum a tile of the own stripe, in x and at `parts`; norm it, if asked; send."""
-    AHEAD: tl.constexpr = 2 if RANKS == 2 else 1  # the others' parts of a chunk are loaded together anyway
     local, exists = _tile(tile, rank * stripe, rows, stripe, ROWS)
     row = rank * stripe + local
     squares = tl.zeros((ROWS,), tl.float32)
@@ -174,16 +171,16 @@ def add_up(
     if WITH_NORM:
         tl.debug_barrier()  # `total` may be read back by other threads
         norm = tl.rsqrt(squares / width + eps)
-        for begin in range(0, width, AHEAD * CHUNK):
+        for begin in range(0, width, NORM_AHEAD * CHUNK):
             loaded = ()
-            for ahead in tl.static_range(AHEAD):
+            for ahead in tl.static_range(NORM_AHEAD):
                 column, inside = _chunk(begin + ahead * CHUNK, width, CHUNK)
                 inside &= exists[:, None]
                 value = tl.load(total + local[:, None] * width + column, mask=inside, other=0.0)
                 # for every row anew, as the tile has its numbers: no other thread's are needed
                 factor = tl.load(weight + tl.broadcast_to(column, inside.shape), mask=inside, other=0.0)
                 loaded += ((value, factor),)
-            for ahead in tl.static_range(AHEAD):
+            for ahead in tl.static_range(NORM_AHEAD):
                 value, factor = loaded[ahead]
                 first = begin + ahead * CHUNK
                 kept = _send_sum(
@@ -196,20 +193,20 @@ def add_up(
 @triton.jit
 def collect(
     y, sums, tile, first_row, rows, width, halves, stripe, row_bytes, scales_at,
-    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
+    CODEC: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """Decode a tile of the stripe that begins at first_row, from the region at `sums`."""
     DTYPE: tl.constexpr = y.dtype.element_ty
     local, exists = _tile(tile, first_row, rows, stripe, ROWS)
     at = _rows_at(sums, first_row + local, row_bytes)
-    for begin in range(0, width, COLLECT_AHEAD * CHUNK):
+    for begin in range(0, width, AHEAD * CHUNK):
         loaded = ()
-        for ahead in tl.static_range(COLLECT_AHEAD):
+        for ahead in tl.static_range(AHEAD):
             first = begin + ahead * CHUNK
             loaded += (
                 load_quantised(at, exists, first, width, halves, scales_at, CHUNK, CODEC, GROUP, DTYPE),
             )
-        for ahead in tl.static_range(COLLECT_AHEAD):
+        for ahead in tl.static_range(AHEAD):
             payload, scale = loaded[ahead]
             column, inside = _chunk(begin + ahead * CHUNK, width, CHUNK)
             to = y + (first_row + local)[:, None] * width + column

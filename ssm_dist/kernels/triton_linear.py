@@ -26,12 +26,15 @@ HELD = {1: 384, 2: 256, 3: 160, 4: 160}
 """Rows -> bytes of the weight in a thread's registers at most: each row takes registers for its sums."""
 
 
-def _vector_blocks(config: dict[str, Any], tokens: int, width: int, size: int) -> dict[str, Any]:
-    """The configuration with fewer rows where a thread could not hold them, and its columns a chunk.
+def vector_blocks(x: Tensor, weight: Tensor, rows: int | None = None, heads: int = 1) -> dict[str, Any]:
+    """The ordinary units' configuration, with fewer rows where a thread could not hold them.
 
-    A warp takes 512 bytes of a row at once; warps without a row of their own share one.
+    rows: of the weight a program, in the place of the recorded ones. A warp takes 512 bytes of a row at once;
+    warps without a row of their own share one.
     """
-    rows, warps = config["BLOCK_N"], config["num_warps"]
+    config, size = _vector_configuration(x, weight), weight.element_size()
+    tokens, width = len(x), x.shape[1] // heads
+    rows, warps = rows or config["BLOCK_N"], config["num_warps"]
     while rows > 1 and rows * width * size > HELD[tokens] * 32 * warps:
         rows //= 2
     return {**config, "BLOCK_N": rows, "BLOCK_K": 512 // size * max(1, warps // rows)}
@@ -40,7 +43,7 @@ def _vector_blocks(config: dict[str, Any], tokens: int, width: int, size: int) -
 def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, heads: int = 1) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     width //= heads
-    blocks = _vector_blocks(_vector_configuration(x, weight), tokens, width, weight.element_size())
+    blocks = vector_blocks(x, weight, heads=heads)
     vector_kernel[(heads * triton.cdiv(columns, blocks["BLOCK_N"]),)](
         x, weight, bias, y, x.stride(0), weight.stride(0), columns,
         K=width, TOKENS=tokens, HEADS=heads, HAS_BIAS=bias is not None, enable_fp_fusion=True,
@@ -95,6 +98,11 @@ def _held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:
 def _by_vector(x: Tensor, weight: Tensor) -> bool:
     """Whether the ordinary units multiply."""
     return x.shape[0] <= VECTOR_ROWS and bool(_vector_configuration(x, weight))
+
+
+def multiplies_by_vector(x: Tensor, weight: Tensor) -> bool:
+    """Whether `linear` is served by the ordinary units' kernel."""
+    return _serves(x, weight) and _by_vector(x, weight)
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:

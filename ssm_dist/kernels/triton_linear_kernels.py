@@ -25,40 +25,27 @@ def columns_of(row, k, K: tl.constexpr, BLOCK_K: tl.constexpr, START: tl.constex
     return tile
 
 
-@triton.jit(do_not_specialize=["columns"])
-def vector_kernel(
-    x, weight, bias, y, x_row, weight_row, columns,
-    K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
-):  # fmt: skip
-    """One program: BLOCK_N numbers of a head of each of TOKENS rows.
+@triton.jit
+def weight_tiles(row, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The rows of a weight that begin at `row` (BLOCK_N, 1), in chunks of BLOCK_K columns."""
+    k = tl.arange(0, BLOCK_K)[None, :]
+    tiles = ()
+    for c in tl.static_range((K + BLOCK_K - 1) // BLOCK_K):
+        tiles += (columns_of(row, k, K, BLOCK_K, c * BLOCK_K),)
+    return tiles
 
-    It also fetches the weights AHEAD programs on. Head h is what columns h * K ... of x and the weight make.
+
+@triton.jit
+def vector_sums(
+    tiles, x, x_row, K: tl.constexpr, TOKENS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """What `weight_tiles` returned times TOKENS rows of x: for each of them (BLOCK_N,) float32.
+
+    Loaded once for each row of the weight, the inputs are where their factors are: in the same threads.
     """
     CHUNKS: tl.constexpr = (K + BLOCK_K - 1) // BLOCK_K
     GROUP: tl.constexpr = 16 // TOKENS
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    start_next(PDL)
-    blocks = tl.cdiv(columns, BLOCK_N)
-    program, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    x += head * K
-    weight += head * K
-    row = weight + (tl.minimum(n, columns - 1).to(tl.int64) * weight_row)[:, None]
-    tiles = ()
-    for c in tl.static_range(CHUNKS):
-        tiles += (columns_of(row, k[None, :], K, BLOCK_K, c * BLOCK_K),)
-    offset = tl.zeros((BLOCK_N,), tl.float32)
-    if HAS_BIAS:
-        offset = tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
-    if AHEAD > 0 and HEADS == 1 and BLOCK_N * K * BYTES % 16 == 0:
-        later = (program + AHEAD) * BLOCK_N
-        if later + BLOCK_N <= columns:
-            prefetch(weight + later.to(tl.int64) * K + tl.arange(0, 1), BLOCK_N * K * BYTES, PDL)
-    wait_for_inputs(PDL)
-
-    # Loaded once for each row of the weight, the inputs are where their factors are: in the same threads.
+    k = tl.arange(0, BLOCK_K)[None, :]
     same_row = x + tl.zeros((BLOCK_N, 1), tl.int32)
     sums = ()
     for _ in tl.static_range(TOKENS):
@@ -69,8 +56,7 @@ def vector_kernel(
         for i in tl.static_range(GROUP):
             for t in tl.static_range(TOKENS):
                 if first + i < CHUNKS:
-                    at = same_row + t * x_row
-                    inputs += (columns_of(at, k[None, :], K, BLOCK_K, (first + i) * BLOCK_K),)
+                    inputs += (columns_of(same_row + t * x_row, k, K, BLOCK_K, (first + i) * BLOCK_K),)
         for i in tl.static_range(GROUP):
             if first + i < CHUNKS:
                 factors = tiles[first + i].to(tl.float32)
@@ -78,10 +64,44 @@ def vector_kernel(
                 for t in tl.static_range(TOKENS):
                     added += (sums[t] + factors * inputs[i * TOKENS + t].to(tl.float32),)
                 sums = added
+    totals = ()
     for t in tl.static_range(TOKENS):
-        total = tl.sum(sums[t], 1) + offset
+        totals += (tl.sum(sums[t], 1),)
+    return totals
+
+
+@triton.jit(do_not_specialize=["columns"])
+def vector_kernel(
+    x, weight, bias, y, x_row, weight_row, columns,
+    K: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N numbers of a head of each of TOKENS rows.
+
+    It also fetches the weights AHEAD programs on. Head h is what columns h * K ... of x and the weight make.
+    """
+    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
+    start_next(PDL)
+    blocks = tl.cdiv(columns, BLOCK_N)
+    program, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    n = program * BLOCK_N + tl.arange(0, BLOCK_N)
+    x += head * K
+    weight += head * K
+    row = weight + (tl.minimum(n, columns - 1).to(tl.int64) * weight_row)[:, None]
+    tiles = weight_tiles(row, K, BLOCK_K)
+    offset = tl.zeros((BLOCK_N,), tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)
+    if AHEAD > 0 and HEADS == 1 and BLOCK_N * K * BYTES % 16 == 0:
+        later = (program + AHEAD) * BLOCK_N
+        if later + BLOCK_N <= columns:
+            prefetch(weight + later.to(tl.int64) * K + tl.arange(0, 1), BLOCK_N * K * BYTES, PDL)
+    wait_for_inputs(PDL)
+
+    totals = vector_sums(tiles, x, x_row, K, TOKENS, BLOCK_N, BLOCK_K)
+    for t in tl.static_range(TOKENS):
         at = y + (t * HEADS + head) * columns.to(tl.int64) + n
-        tl.store(at, total.to(y.dtype.element_ty), mask=n < columns)
+        tl.store(at, (totals[t] + offset).to(y.dtype.element_ty), mask=n < columns)
 
 
 @triton.jit(do_not_specialize=["tokens", "shares", "across"])

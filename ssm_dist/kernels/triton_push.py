@@ -27,7 +27,8 @@ from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_f
 from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, push, take_sum, taking, word_of
 
 ALL = -1
-"""Phases of a kernel: all at once. Tests play several ranks in one process, one phase after the other."""
+"""Phases of a kernel: all at once. Tests play several ranks in one process, one phase after the other. The
+last one takes what was sent, and does not look at x."""
 
 CODES = {"one_shot": 64, "two_shot": 128}
 """What the error word says of a wait of this file that failed, besides the missing rank."""
@@ -171,12 +172,15 @@ def push_fits(rows: int, row_bytes: int, memory: PushMemory, with_norm: bool) ->
     return rows * row_bytes % 16 == 0 and rows * row_bytes <= memory.slots * 16 * PIECE
 
 
+def unit_bytes(message: int) -> int:
+    """Of a plain message of so many bytes: how many a unit has."""
+    return 16 * min(PIECE, max(32, triton.next_power_of_2(message // 16)))
+
+
 def push_sum(x: Tensor, memory: PushMemory, two_shot: bool, phase: int = ALL) -> Tensor:
     """The sum of every rank's x, contiguous and of a multiple of 16 bytes; of x's shape and dtype."""
     y = torch.empty_like(x)
-    chunks = x.nbytes // 16
-    piece = min(PIECE, max(32, triton.next_power_of_2(chunks)))
-    _launch(x, None, None, y, None, 0.0, piece, memory, two_shot, phase)
+    _launch(x, None, None, y, None, 0.0, unit_bytes(x.nbytes) // 16, memory, two_shot, phase)
     return y
 
 

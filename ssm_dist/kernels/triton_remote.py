@@ -45,6 +45,15 @@ PUSH = tl.constexpr("""
 }
 """)
 
+PUSH_WORD = tl.constexpr("""
+{
+    .reg .pred  wanted;
+    setp.ne.s32 wanted, $3, 0;
+    @wanted st.relaxed.sys.global.b32 [$1], $2;
+    mov.b32     $0, 0;
+}
+""")
+
 # after every 1024 polls (a fraction of a millisecond), look at the error word and at the time
 PATIENCE = """
     add.s32     polls, polls, 1;
@@ -165,6 +174,17 @@ def push(at, a, b, c, d, wanted):
     else:
         tl.inline_asm_elementwise(
             PUSH, "=r,l,r,r,r,r,r", [at, a, b, c, d, wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def push_word(at, word, wanted):
+    """Store the word (int32) at the address `at` (int64, a multiple of 4) where `wanted`."""
+    if INTERPRETED:
+        tl.store(at.to(tl.pointer_type(tl.int32)), word, mask=wanted)
+    else:
+        tl.inline_asm_elementwise(
+            PUSH_WORD, "=r,l,r,r", [at, word, wanted.to(tl.int32)], tl.int32, is_pure=False, pack=1
         )
 
 

@@ -8,18 +8,21 @@ The module itself stays an ordinary `nn.Module` that knows nothing of ranks.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol, cast
+from typing import ClassVar, NamedTuple, Protocol, cast
 
 from torch import Tensor, nn
 
 from ssm_dist.kernels import add_rms_norm, linear
 from ssm_dist.parallel.collectives import (
+    pushes_product,
     splits_residual,
     sums_in_place,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
     tp_all_reduce_spent,
     tp_gather_rows,
+    tp_linear_all_reduce,
+    tp_linear_all_reduce_add_rms_norm,
 )
 from ssm_dist.parallel.feedback import feeds_back, sum_with_feedback
 from ssm_dist.parallel.interleaving import begin_left_sum, beside
@@ -131,6 +134,13 @@ def ColwiseBeforeScan() -> BeforeScan:
     return BeforeScan({"weight": 0, "bias": 0})
 
 
+class Product(NamedTuple):
+    """x W^T of x (T, K) and a weight (N, K), left to the norm that sums it over the ranks."""
+
+    x: Tensor
+    weight: Tensor
+
+
 @dataclass(frozen=True)
 class Rowwise(Style):
     """A linear whose inputs are split: its output is a partial sum, left for the next `ReduceAddNorm`.
@@ -140,13 +150,24 @@ class Rowwise(Style):
 
     dim: int = 1
     """The dimension of the weight that holds the inputs."""
+    before_norm: bool = False
+    """Its output goes to a `ReduceAddNorm` as it is, and may be a `Product` that this one multiplies."""
 
     def shards(self, module: nn.Module) -> dict[str, int]:
         return {"weight": self.dim}
 
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
-        if getattr(module, "bias", None) is not None and tp.rank > 0:
-            module.forward = lambda x: linear(x, weight_of(module))
+        if getattr(module, "bias", None) is not None:
+            if tp.rank > 0:
+                module.forward = lambda x: linear(x, weight_of(module))
+        elif self.before_norm:
+            whole, group, wire = module.forward, tp.group, tp.reductions.branch
+
+            def forward(x: Tensor) -> Tensor | Product:
+                rows = x.flatten(1), weight_of(module).flatten(1)
+                return Product(*rows) if pushes_product(*rows, group, wire, with_norm=True) else whole(x)
+
+            module.forward = forward
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         return Reduction("partial, reduced at the next norm", weight_of(module).shape[0], degree)
@@ -168,11 +189,16 @@ class ReduceAddNorm(Style):
         how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(
-            branch: Tensor | None, residual: Tensor | None, appended: Tensor | None = None
+            branch: Tensor | Product | None, residual: Tensor | None, appended: Tensor | None = None
         ) -> tuple[Tensor, Tensor]:
             weight, eps = weight_of(module), cast(HasEpsilon, module).eps
             if branch is None:
                 return add_rms_norm(None, residual, weight, eps, appended)
+            if isinstance(branch, Product):
+                if appended is None:
+                    return tp_linear_all_reduce_add_rms_norm(*branch, residual, weight, eps, group)
+                total = tp_linear_all_reduce(*branch, group)
+                return add_rms_norm(total, residual, weight, eps, appended)
             return beside(lambda: reduced(branch, residual, weight, eps, appended), group)
 
         def reduced(
@@ -216,12 +242,15 @@ class HeadwiseReduce(Style):
     def install(self, module: nn.Module, tp: TensorParallel) -> None:
         span = self._span(module, tp.degree)
         if span > 1:
-            group, wire = tp.subgroup(span), tp.reductions.x_proj
-            module.register_forward_hook(
-                lambda _module, _inputs, output: tp_all_reduce_spent(
-                    output, group, wire.codec, wire.group_size, wire.algorithm
-                )
-            )
+            part, group, wire = module.forward, tp.subgroup(span), tp.reductions.x_proj
+
+            def forward(x: Tensor) -> Tensor:
+                by_output = weight_of(module).T
+                if pushes_product(x, by_output, group, wire, with_norm=False):
+                    return tp_linear_all_reduce(x, by_output, group)[:, None]
+                return tp_all_reduce_spent(part(x), group, wire.codec, wire.group_size, wire.algorithm)
+
+            module.forward = forward
 
     def reduction(self, module: nn.Module, degree: int) -> Reduction | None:
         span = self._span(module, degree)

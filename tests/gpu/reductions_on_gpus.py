@@ -13,19 +13,23 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssm_dist.kernels import add_rms_norm, backend
+from ssm_dist.kernels import add_rms_norm, backend, linear
 from ssm_dist.kernels.codecs import decode_rows, encode_rows, sum_rows
 from ssm_dist.kernels.norm import add_rms_norm_reference
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives import (
     RankFailure,
     Reductions,
+    Wire,
     carrier,
     failures,
+    pushes_product,
     register_group,
     tp_all_reduce,
     tp_all_reduce_add_rms_norm,
     tp_all_reduce_add_rms_norm_split,
+    tp_linear_all_reduce,
+    tp_linear_all_reduce_add_rms_norm,
     wait_for_device,
 )
 from tests.kernels.codec_bounds import reduction_bound
@@ -238,6 +242,40 @@ def replays(case: Case, times: int) -> int:
             wrong += (got != again).any()
     wait_for_device(tp.group, device)
     return int(wrong)
+
+
+def replayed_products(rows: int, columns: int, width: int, times: int) -> int:
+    """Replays of linear layers that push, ranks out of step; how often bits differ from a push after one."""
+    tp, device = ready()
+    x = torch.randn(rows, width, dtype=torch.bfloat16, device=device)
+    weight = torch.randn(columns, width, device=device).bfloat16() / width**0.5
+    torch.manual_seed(5)  # the residual stream is alike on all ranks
+    residual, scale = torch.randn(rows, columns, device=device), torch.ones_like(weight[:, 0])
+    torch.manual_seed(tp.rank)
+    assert all(pushes_product(x, weight, tp.group, Wire(), with_norm=norm) for norm in (False, True))
+
+    def step() -> tuple[Tensor, Tensor, Tensor]:
+        total = tp_linear_all_reduce(x, weight, tp.group)
+        return total, *tp_linear_all_reduce_add_rms_norm(x, weight, residual, scale, 1e-5, tp.group)
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = step()
+    wrong, own = torch.zeros((), dtype=torch.int64, device=device), random.Random(tp.rank)
+    how = (tp.group, "none", 128, "one_shot")
+    for _ in range(times):
+        x.normal_()
+        if own.random() < 0.02:
+            torch.cuda._sleep(int(own.random() * 300_000))
+        graph.replay()
+        part = linear(x, weight)
+        expected = tp_all_reduce(part, *how), *tp_all_reduce_add_rms_norm(part, residual, scale, 1e-5, *how)
+        for got, again in zip(captured, expected, strict=True):
+            wrong += (got != again).any()
+    wait_for_device(tp.group, device)
+    return int(wrong) + times * (not all(map(same_bits, captured)))
 
 
 def skewed(calls: int) -> int:

@@ -181,6 +181,12 @@ def test_a_thousand_replays_with_new_inputs(case: Case, degree: int) -> None:
 
 
 @each_degree
+@pytest.mark.parametrize("shape", [(1, 2560, 2560), (1, 192, 2560), (4, 288, 4096), (1, 3712, 1856)], ids=str)
+def test_linear_layers_that_push(shape: tuple[int, int, int], degree: int) -> None:
+    assert run_on_ranks(degree, on_gpus.replayed_products, *shape, 1000, device="cuda") == [0] * degree
+
+
+@each_degree
 def test_ten_thousand_calls_of_changing_sizes_out_of_step(degree: int) -> None:
     assert run_on_ranks(degree, on_gpus.skewed, 10_000, device="cuda") == [0] * degree
 

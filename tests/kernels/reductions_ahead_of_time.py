@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from triton.compiler import CompiledKernel
 
-from ssm_dist.kernels.triton_bulk import CODE, MOST_REGISTERS, PROGRAMS
+from ssm_dist.kernels.triton_bulk import ALONE, BESIDE, CODE, PROGRAMS, WARPS, Form, aheads
 from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
 from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
 from ssm_dist.kernels.triton_push import ALL, _push_sum_kernel
 from ssm_dist.kernels.triton_push import CODES as PUSH_CODES
+from ssm_dist.kernels.triton_push_product import push_product_kernel
 from ssm_dist.kernels.triton_remote import taking
 from tests.kernels.ahead_of_time import compiled, resources
 
@@ -42,12 +43,22 @@ def push(
     return compiled(_push_sum_kernel, given, 90)
 
 
-def bulk(codec: str, group: int, ranks: int, with_norm: bool) -> CompiledKernel:
+def push_product(tokens: int, width: int, ranks: int) -> CompiledKernel:
+    """The kernel of `triton_push_product` for sm_90, for bfloat16, of sums so long."""
+    given = {
+        "x": "*bf16", "weight": "*bf16", "peers": ("i64",) * ranks, "counters": "*i32", "K": width,
+        "TOKENS": tokens, "RANKS": ranks, "PDL": True, "BLOCK_N": 2, "BLOCK_K": 512, "THREADS": 128,
+        "num_warps": 4,
+    }  # fmt: skip
+    return compiled(push_product_kernel, given, 90)
+
+
+def bulk(codec: str, group: int, ranks: int, with_norm: bool, form: Form) -> CompiledKernel:
     """The kernel of `triton_bulk` for sm_90, for bfloat16."""
     given = common(torch.bfloat16, ranks, with_norm) | {
         "epochs": "*i32", "CODEC": CODES[codec], "GROUP": group, "CODE": CODE, "FLAGS": 4 * PROGRAMS,
-        "ROWS": ROWS, "CHUNK": CHUNK, "num_warps": 4, "maxnreg": MOST_REGISTERS,
-        "enable_fp_fusion": False,
+        "ROWS": ROWS, "CHUNK": CHUNK, **aheads(form, 2560, ranks),
+        "num_warps": WARPS, "maxnreg": form.registers, "enable_fp_fusion": False,
     }  # fmt: skip
     return compiled(bulk_kernel, given, 90)
 
@@ -62,6 +73,9 @@ def main() -> None:
         print(json.dumps({"kernel": f"push {dtype} {ranks} {two_shot}", **found}), flush=True)
     late = resources(push(torch.bfloat16, 2, False, True, 512, early=False))
     print(json.dumps({"kernel": "push, the next kernel late", **late}), flush=True)
+    for tokens, width, ranks in (1, 4096, 2), (4, 2560, 4):
+        found = resources(push_product(tokens, width, ranks))
+        print(json.dumps({"kernel": f"push product {tokens} {width} {ranks}", **found}), flush=True)
     for codec, group, ranks, norm in (
         ("none", 128, 2, True),
         ("none", 128, 4, False),
@@ -70,8 +84,10 @@ def main() -> None:
         ("fp8", 128, 2, True),
         ("int4", 32, 4, False),
     ):
-        found = resources(bulk(codec, group, ranks, norm))
-        print(json.dumps({"kernel": f"bulk {codec} {ranks} {norm}", **found}), flush=True)
+        for name, form in {"alone": ALONE, "beside": BESIDE}.items():
+            found = resources(bulk(codec, group, ranks, norm, form))
+            found["most"] = form.registers
+            print(json.dumps({"kernel": f"bulk {codec} {ranks} {norm} {name}", **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -173,10 +173,11 @@ def test_calls_of_any_shape_and_codec_share_the_regions() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    from ssm_dist.kernels.triton_bulk import bulk_sum, rows_that_fit
+    from ssm_dist.kernels.triton_bulk import bulk_sum, row_bytes, rows_that_fit
 
     world = BulkRanks(2, 16 * 1024)
     most = rows_that_fit(300, torch.float32, "none", 32, world.memories[0])
-    assert most == 2 * (16 * 1024 // (2 * row_layout(300, torch.float32, "none", 32).bytes))
+    size = row_bytes(row_layout(300, torch.float32, "none", 32))
+    assert size == 1280 and most == 2 * (16 * 1024 // (2 * size))
     with pytest.raises(AssertionError, match="rows_that_fit"):
         bulk_sum(torch.zeros(most + 1, 300), "none", 32, world.memories[0], 0)

@@ -3,6 +3,7 @@
 A group travels as a string, since an op takes no process group; `register_group` gives it its name.
 
     ops           the ops, and which path serves a call
+    products      linear layers whose outputs are summed, as one op
     selection     the choice of the algorithm, from static sizes and a table
     exchange      quantised two-shot over the process group (NCCL, gloo): all-to-all, sum, all-gather
     shared        memory that the GPUs of a group share, and the kernels that sum over it
@@ -26,6 +27,11 @@ from ssm_dist.parallel.collectives.ops import (
     tp_all_reduce_spent,
     tp_all_reduce_with_feedback,
 )
+from ssm_dist.parallel.collectives.products import (
+    pushes_product,
+    tp_linear_all_reduce,
+    tp_linear_all_reduce_add_rms_norm,
+)
 from ssm_dist.parallel.collectives.selection import EXACT, Reductions, Wire
 
 __all__ = [
@@ -36,6 +42,7 @@ __all__ = [
     "broadcast_bytes",
     "carrier",
     "goes_encoded",
+    "pushes_product",
     "register_group",
     "splits_residual",
     "sums_in_place",
@@ -47,6 +54,8 @@ __all__ = [
     "tp_all_reduce_spent",
     "tp_all_reduce_with_feedback",
     "tp_gather_rows",
+    "tp_linear_all_reduce",
+    "tp_linear_all_reduce_add_rms_norm",
     "wait_for_device",
     "wait_for_event",
 ]

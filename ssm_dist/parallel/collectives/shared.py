@@ -19,6 +19,7 @@ from torch import Tensor
 from ssm_dist.kernels import add_rms_norm
 from ssm_dist.kernels.codecs import DTYPES
 from ssm_dist.kernels.triton_bulk import (
+    LINE,
     PROGRAMS,
     BulkMemory,
     bulk_bytes,
@@ -32,6 +33,11 @@ from ssm_dist.kernels.triton_push import (
     push_fits,
     push_sum,
     push_sum_add_rms_norm,
+)
+from ssm_dist.kernels.triton_push_product import (
+    product_sum,
+    product_sum_add_rms_norm,
+    pushes_product,
 )
 from ssm_dist.kernels.triton_remote import error_words
 from ssm_dist.parallel.collectives.groups import Group, group_named
@@ -108,6 +114,21 @@ class SharedMemory:
         two_shot = algorithm == "two_shot"
         return push_sum_add_rms_norm(_aligned(x), residual, weight, eps, self.push, two_shot)
 
+    def pushes_product(self, x: Tensor, weight: Tensor, with_norm: bool) -> bool:
+        """Whether the linear layer x W^T, x (T, K), weight (N, K), can push its outputs itself."""
+        return pushes_product(x, weight, self.push, with_norm)
+
+    def linear_all_reduce(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The sum of every rank's x W^T, (T, N), which can push."""
+        return product_sum(x, weight, self.push)
+
+    def linear_all_reduce_add_rms_norm(
+        self, x: Tensor, weight: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """`kernels.add_rms_norm` of that sum."""
+        residual = None if residual is None else _aligned(residual)
+        return product_sum_add_rms_norm(x, weight, residual, norm_weight, eps, self.push)
+
     def split_add_rms_norm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, codec: str, group_size: int,
         leaves_room: bool = False,
@@ -155,8 +176,8 @@ def _announce(line: str) -> None:
 
 def _sizes(ranks: int, row_bytes: int, message_bytes: int) -> tuple[int, int, int]:
     slot_bytes = max(SMALLEST_SLOT, -(-row_bytes // 128) * 128)
-    padding = ranks * (row_bytes + 16) + message_bytes // row_bytes * 16
-    capacity = min(LARGEST_REGION, -(-(message_bytes + padding) // 128) * 128)
+    padding = ranks * (row_bytes + LINE) + message_bytes // row_bytes * LINE
+    capacity = min(LARGEST_REGION, -(-(message_bytes + padding) // LINE) * LINE)
     return SLOTS.get(ranks, FEWER_SLOTS), slot_bytes, capacity
 
 

@@ -17,7 +17,7 @@ MIXER_PLAN: Plan = {
     "layers.*.mixer.conv": Sharded({"weight": 0, "bias": 0}),
     "layers.*.mixer.x_proj": HeadwiseReduce(),
     "layers.*.mixer.dt_proj": ColwiseBeforeScan(),
-    "layers.*.mixer.out_proj": Rowwise(),
+    "layers.*.mixer.out_proj": Rowwise(before_norm=True),
 }
 
 MAMBA_PLAN: Plan = {

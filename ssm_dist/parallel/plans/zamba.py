@@ -15,7 +15,7 @@ ZAMBA_PLAN: Plan = {
     "shared.attention.q_proj": Colwise(),
     "shared.attention.k_proj": Colwise(),
     "shared.attention.v_proj": Colwise(),
-    "shared.attention.o_proj": Rowwise(),
+    "shared.attention.o_proj": Rowwise(before_norm=True),
     "shared.ff_norm": ReduceAddNorm(),
     "shared.mlp.gate_proj": Colwise(),
     "shared.mlp.up_proj": Colwise(),
