@@ -19,6 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssm_dist.kernels import gluon_linear_form
 from ssm_dist.kernels.dependent_launch import launch_options
+from ssm_dist.kernels.triton_push import PushMemory
+from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, PUSH_WORD
 from ssm_dist.kernels.triton_shares import counters
 from ssm_dist.kernels.tuning import Configuration
 
@@ -74,22 +76,25 @@ def _words(pointer, wanted, WARPS: gl.constexpr):
     )
 
 
-@gluon.jit(do_not_specialize=["tokens", "columns", "across"])
+# rank: as in triton_push
+@gluon.jit(do_not_specialize=["tokens", "columns", "across", "rank"])
 def few_rows_kernel(
     x, weight, bias, y, parts, counters, x_row, tokens, columns, across,
+    rank, peers, uses, slots, slot_bytes, unit_bytes,
     K: gl.constexpr, SHARES: gl.constexpr, EIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, PDL: gl.constexpr,
-    WARPS: gl.constexpr,
+    WARPS: gl.constexpr, RANKS: gl.constexpr,
 ):  # fmt: skip
     """One program: 16 numbers of EIGHTS times eight rows, summed over one of SHARES spans of K.
 
     `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share. A
-    warp takes every WARPS-th step of the span.
+    warp takes every WARPS-th step of the span. RANKS: 0, or what is made goes to so many, and not to y; then
+    rank to unit_bytes are as in `triton_push_product`, `uses` the counters there.
     """
     HALF: gl.constexpr = y.dtype.element_ty == gl.float16
     SPAN: gl.constexpr = (K + STEP * SHARES - 1) // (STEP * SHARES) * STEP
     STEPS: gl.constexpr = (SPAN + STEP * WARPS - 1) // (STEP * WARPS)
     APART: gl.constexpr = STEP * WARPS
-    if PDL:
+    if PDL and RANKS == 0:
         gdc_launch_dependents()
     tile = gl.program_id(0) // SHARES
     share = gl.program_id(0) % SHARES
@@ -113,8 +118,18 @@ def few_rows_kernel(
         )
     if PDL:
         gdc_wait()
+    if PDL and RANKS > 0:
+        gdc_launch_dependents()  # see push_vector_kernel
 
-    first = tile // across * (8 * EIGHTS)
+    first, n0 = tile // across * (8 * EIGHTS), tile % across * 16
+    places = ()
+    if RANKS > 0:
+        for r in gl.static_range(EIGHTS):
+            token, n = _pair(first + 8 * r, n0, WARPS)
+            wanted = (token < tokens) & (n < columns)
+            places += (
+                (_part(token, n, columns, wanted, rank, uses, slots, slot_bytes, unit_bytes, RANKS), wanted),
+            )
     given = ()
     after_all = gl.zeros([32 * WARPS], gl.int32, _lanes(WARPS, 1))
     nothing = tokens >> 30
@@ -137,8 +152,47 @@ def few_rows_kernel(
             total = _product((a[0], far[0], a[1], far[1]), (b[0], b[1]), total, HALF)
             total = _product((a[2], far[2], a[3], far[3]), (b[2], b[3]), total, HALF)
         sums += (total,)
-    _finish(sums, bias, y, parts, counters + tile, share, first, tile % across * 16, tokens, columns,
-            SHARES, EIGHTS, HAS_BIAS, WARPS)  # fmt: skip
+    _finish(sums, bias, y, parts, counters + tile, share, first, n0, tokens, columns, peers, places,
+            SHARES, EIGHTS, HAS_BIAS, WARPS, RANKS)  # fmt: skip
+
+
+@gluon.constexpr_function
+def _pair_lanes(warps):
+    """64 words, a lane each of two warps; the others hold copies."""
+    bits = warps.bit_length() - 1
+    warp = [[32]] + [[0]] * (bits - 1) if bits else []
+    registers = [] if bits else [[32]]
+    return gl.DistributedLinearLayout(registers, [[1], [2], [4], [8], [16]], warp, [], [64])
+
+
+@gluon.jit
+def _pair(first, n0, WARPS: gl.constexpr):
+    """Row and first output of each word of `_pairs`, (64,)."""
+    word = gl.arange(0, 64, _pair_lanes(WARPS))
+    return first + word // 4 % 4 * 2 + word % 2, n0 + word // 16 * 2 + word % 4 // 2 * 8
+
+
+@gluon.jit
+def _pairs(total, DTYPE: gl.constexpr, WARPS: gl.constexpr):
+    """A tile as in `_place`, (128,) float32, as 64 words of two neighbouring outputs; never EMPTY."""
+    BY_TWO: gl.constexpr = gl.BlockedLayout([1, 1, 2], [2, 16, 1], [WARPS, 1, 1], [2, 1, 0])
+    low, high = gl.split(gl.convert_layout(total.reshape([4, 2, 16]).permute([0, 2, 1]), BY_TWO))
+    word = low.to(DTYPE).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    word |= high.to(DTYPE).to(gl.int16, bitcast=True).to(gl.int32) << 16
+    word = gl.where(word == EMPTY, NAN_WORD, word)
+    return gl.convert_layout(word.reshape([64]), _pair_lanes(WARPS))
+
+
+@gluon.jit
+def _part(
+    token, n, columns, wanted, rank, uses, slots, slot_bytes, unit_bytes, RANKS: gl.constexpr
+):
+    """`triton_push_product.part_of` of these numbers of 16 bits."""
+    byte = (token * columns + n) * 2
+    unit = byte // unit_bytes
+    use = gl.load(uses + unit, mask=wanted, other=0)
+    part = ((use & 1) * RANKS + rank) * (slots.to(gl.int64) * slot_bytes)
+    return part + unit * slot_bytes + byte % unit_bytes
 
 
 @gluon.jit
@@ -154,10 +208,11 @@ def _place(element, first, n0, tokens, columns):
 
 @gluon.jit
 def _finish(
-    sums, bias, y, parts, counter, share, first, n0, tokens, columns,
+    sums, bias, y, parts, counter, share, first, n0, tokens, columns, peers, places,
     SHARES: gl.constexpr, EIGHTS: gl.constexpr, HAS_BIAS: gl.constexpr, WARPS: gl.constexpr,
+    RANKS: gl.constexpr,
 ):  # fmt: skip
-    """Add up what the warps have, then the shares, in order, and store it."""
+    """Add up what the warps have, then the shares, in order, and store it, or push it to its `places`."""
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     ALONG: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [WARPS, 1], [1, 0])
     ACROSS: gl.constexpr = gl.BlockedLayout([WARPS, 1], [1, 32], [1, WARPS], [1, 0])
@@ -191,20 +246,37 @@ def _finish(
                 total = gl.sum(joint.index(r).load(ACROSS), 0)
             if HAS_BIAS:
                 total += gl.load(bias + n, mask=inside, other=0.0).to(gl.float32)
-            gl.store(y + cell, total.to(y.dtype.element_ty), mask=inside)
+            if RANKS == 0:
+                gl.store(y + cell, total.to(y.dtype.element_ty), mask=inside)
+            else:
+                words = _pairs(total, y.dtype.element_ty, WARPS)
+                place, wanted = places[r]
+                for step in gl.static_range(RANKS):
+                    gl.inline_asm_elementwise(
+                        PUSH_WORD, "=r,l,r,r", [peers[step] + place, words, wanted.to(gl.int32)], gl.int32,
+                        is_pure=False, pack=1,
+                    )  # fmt: skip
 
 
-def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, config: Configuration) -> None:
+def few_rows(
+    x: Tensor, weight: Tensor, config: Configuration, bias: Tensor | None, y: Tensor,
+    memory: PushMemory | None = None, unit: int = 1,
+) -> None:  # fmt: skip
     """x (T, K) times the rows of a contiguous weight (N, K) into y (T, N).
 
     16-bit numbers that can be read 16 bytes at a time. config: SHARES, programs that share a sum, num_warps.
+    memory: of all ranks, who get it in place of y, N being even, in units of so many bytes.
     """
     (tokens, width), columns = x.shape, weight.shape[0]
     rows, across = gluon_linear_form.ROWS, triton.cdiv(columns, gluon_linear_form.COLUMNS)
     shares, warps = config["SHARES"], config["num_warps"]
     parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
+    shared, ranks = counters(x.device), 0 if memory is None else memory.ranks
+    to = (0, (0,), shared, 0, 0) if memory is None else (
+        memory.rank, memory.peers, memory.counters, memory.slots, memory.slot_bytes
+    )  # fmt: skip
     few_rows_kernel[(triton.cdiv(tokens, rows) * across * shares,)](
-        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, across,
+        x, weight, bias, y, parts, shared, x.stride(0), tokens, columns, across, *to, unit,
         K=width, SHARES=shares, EIGHTS=triton.cdiv(min(tokens, rows), 8), HAS_BIAS=bias is not None,
-        WARPS=warps, num_warps=warps, enable_fp_fusion=True, **launch_options(x.device),
+        WARPS=warps, RANKS=ranks, num_warps=warps, enable_fp_fusion=True, **launch_options(x.device),
     )  # fmt: skip

@@ -19,21 +19,21 @@ def held_op(rows: int) -> str:
     return f"linear_{tuning.padded(rows)}_held"
 
 
-def held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:
-    """num_warps, and SHARES: programs that share a sum. Empty where another kernel is faster or has to serve.
+def held_form(x: Tensor, weight: Tensor) -> tuning.Configuration | None:
+    """num_warps, and SHARES: programs that share a sum. None where another kernel is faster or has to serve.
 
     Whether there is such a GPU, and addresses divide by 16, is left to the caller: torch.compile asks this
     while tensors have no addresses.
     """
     (rows, width), columns = x.shape, weight.shape[0]
     if x.element_size() != 2 or width % 8 or x.stride(0) % 8:
-        return {}
+        return None
     recorded = tuning.configuration(held_op(rows), weight.numel(), x.device)
     if not recorded:
-        return {}
+        return None
     warps = recorded["num_warps"]
     tiles, steps = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS), triton.cdiv(width, STEP * warps)
     shares = min(max(1, recorded["PROGRAMS"] // tiles), steps)
     if tiles > COUNTERS or triton.cdiv(steps, shares) > MOST_STEPS:
-        return {}
+        return None
     return {"SHARES": shares, "num_warps": warps}

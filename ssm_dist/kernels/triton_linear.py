@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,11 @@ def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, heads: in
     )  # fmt: skip
 
 
-def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+def matrix_blocks(x: Tensor, weight: Tensor) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """By the tensor cores' configuration: how many programs, the kernel's numbers, and its constants.
+
+    Programs of PROGRAMS that have no tile of their own share sums.
+    """
     (tokens, width), columns = x.shape, weight.shape[0]
     config = dict(_matrix_configuration(x, weight))
     rows = min(config.pop("BLOCK_T", MOST_ROWS), tuning.padded(tokens))
@@ -60,11 +66,20 @@ def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
     shares = min(max(1, config.pop("PROGRAMS") // tiles), steps) if tiles <= COUNTERS else 1
     span = triton.cdiv(steps, shares) * config["BLOCK_K"]
     shares = triton.cdiv(width, span)
-    parts = y if shares == 1 else x.new_empty((shares, tokens, columns), dtype=torch.float32)
-    matrix_kernel[(tiles * shares,)](
-        x, weight, bias, y, parts, counters(x.device), x.stride(0), tokens, columns, width, span, shares,
-        across, SHARED=shares > 1, WHOLE=width % config["BLOCK_K"] == 0,
-        HAS_BIAS=bias is not None, BLOCK_T=rows, enable_fp_fusion=True, **config, **launch_options(x.device),
+    parts = x.new_empty((shares, tokens, columns) if shares > 1 else 0, dtype=torch.float32)
+    numbers = {
+        "parts": parts, "counters": counters(x.device), "x_row": x.stride(0), "tokens": tokens,
+        "columns": columns, "width": width, "span": span, "shares": shares, "across": across,
+    }  # fmt: skip
+    constants = {"SHARED": shares > 1, "WHOLE": width % config["BLOCK_K"] == 0, "BLOCK_T": rows, **config}
+    return tiles * shares, numbers, constants
+
+
+def _matrix(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> None:
+    programs, numbers, constants = matrix_blocks(x, weight)
+    matrix_kernel[(programs,)](
+        x, weight, bias, y, **numbers, **constants, HAS_BIAS=bias is not None, enable_fp_fusion=True,
+        **launch_options(x.device),
     )  # fmt: skip
 
 
@@ -85,14 +100,14 @@ def _matrix_configuration(x: Tensor, weight: Tensor) -> tuning.Configuration:
 
 def matrix_op(rows: int, weight: Tensor) -> str:
     """The table's name of the tensor cores' kernel for so many rows."""
-    padded = tuning.padded(rows)
-    deep = padded == MOST_ROWS and weight.shape[1] > weight.shape[0]
-    return f"linear_{padded}_deep" if deep else f"linear_{padded}"
+    op = f"linear_{tuning.padded(rows)}"
+    deep = f"{op}_deep"
+    return deep if weight.shape[1] > weight.shape[0] and deep in tuning.TABLE else op
 
 
-def _held_form(x: Tensor, weight: Tensor) -> tuning.Configuration:
-    """Empty where the weight is not to be held. Where it is to be and cannot, another kernel serves."""
-    return held_form(x, weight) if x.shape[0] > VECTOR_ROWS else {}
+def _held_form(x: Tensor, weight: Tensor) -> tuning.Configuration | None:
+    """None where the weight is not to be held. Where it is to be and cannot, another kernel serves."""
+    return held_form(x, weight) if x.shape[0] > VECTOR_ROWS else None
 
 
 def _by_vector(x: Tensor, weight: Tensor) -> bool:
@@ -100,9 +115,13 @@ def _by_vector(x: Tensor, weight: Tensor) -> bool:
     return x.shape[0] <= VECTOR_ROWS and bool(_vector_configuration(x, weight))
 
 
-def multiplies_by_vector(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is served by the ordinary units' kernel."""
-    return _serves(x, weight) and _by_vector(x, weight)
+def served_by(x: Tensor, weight: Tensor) -> Literal["vector", "held", "matrix"] | None:
+    """Which kernel is to serve `linear`, unless one that would hold the weight cannot; None: torch's own."""
+    if not _serves(x, weight):
+        return None
+    if _held_form(x, weight) is not None:
+        return "held"
+    return "vector" if _by_vector(x, weight) else "matrix"
 
 
 def _serves(x: Tensor, weight: Tensor) -> bool:
@@ -110,19 +129,26 @@ def _serves(x: Tensor, weight: Tensor) -> bool:
         return False
     by_tensor_cores = x.element_size() <= 2 and bool(_matrix_configuration(x, weight))
     return weight.is_contiguous() and (
-        by_tensor_cores or _by_vector(x, weight) or bool(_held_form(x, weight))
+        by_tensor_cores or _by_vector(x, weight) or _held_form(x, weight) is not None
     )
+
+
+def held_kernel(x: Tensor, weight: Tensor) -> Callable[..., None] | None:
+    """`gluon_linear.few_rows` of x and a weight that it is to hold; None where it is not, or cannot."""
+    held = _held_form(x, weight)
+    if held is None or x.data_ptr() % 16 or weight.data_ptr() % 16:
+        return None
+    gluon = gluon_module("gluon_linear", x.device)
+    return None if gluon is None else functools.partial(gluon.few_rows, x, weight, held)
 
 
 @operator("linear", fake=empty_outputs)
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     assert _serves(x, weight)
-    held = _held_form(x, weight)
-    gluon = gluon_module("gluon_linear", x.device) if held else None
-    y = empty_outputs(x, weight)
+    held, y = held_kernel(x, weight), empty_outputs(x, weight)
     with torch.cuda.device_of(x):
-        if gluon is not None and not (x.data_ptr() % 16 or weight.data_ptr() % 16):
-            gluon.few_rows(x, weight, bias, y, held)
+        if held is not None:
+            held(bias, y)
         elif _by_vector(x, weight):
             _vector(x, weight, bias, y)
         elif _matrix_configuration(x, weight):

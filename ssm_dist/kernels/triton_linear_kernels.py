@@ -104,31 +104,34 @@ def vector_kernel(
         tl.store(at, (totals[t] + offset).to(y.dtype.element_ty), mask=n < columns)
 
 
-@triton.jit(do_not_specialize=["tokens", "shares", "across"])
-def matrix_kernel(
-    x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares, across,
-    SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+@triton.jit
+def matrix_weights(
+    weight, columns, width, first, begin, PDL: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width.
-
-    `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share.
-
-    WHOLE: the width consists of whole blocks, and may be prefetched.
-    """
-    BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
-    start_next(PDL)
-    tile = tl.program_id(0) // shares
-    share = tl.program_id(0) % shares
-    begin = share * span
-    first = tile % across * BLOCK_N
-    n, k = first + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
+    """Pointers to BLOCK_N rows of the weight from `first` on, which are prefetched from column `begin` on."""
+    n = first + tl.arange(0, BLOCK_N)
     row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
     if AHEAD > 0 and WHOLE:
+        BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
         prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
-    wait_for_inputs(PDL)
+    return row
 
+
+@triton.jit
+def matrix_sums(
+    row, x, bias, parts, counter, x_row, t, n, tokens, columns, width, begin, span, share, shares,
+    SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The rows t of x times the rows n of the weight (`matrix_weights`): (BLOCK_T, BLOCK_N) float32.
+
+    Summed over a span of the width from `begin` on; with SHARED, the last of the programs that share a sum
+    has it. Returns it, and whether this program has.
+
+    WHOLE: the width consists of whole blocks.
+    """
+    k = tl.arange(0, BLOCK_K)
     # Rows of padding are not read: all programs would ask for the same few addresses at once.
     real = (t < tokens)[None, :]
     input_row = x + (t * x_row)[None, :]
@@ -143,18 +146,46 @@ def matrix_kernel(
         total = tl.dot(factor(left), factor(right), total)
 
     sums = tl.trans(total)
-    cell = t.to(tl.int64)[:, None] * columns + n[None, :]
-    inside = (t < tokens)[:, None] & (n < columns)[None, :]
     last = True
     if SHARED:
+        cell = t.to(tl.int64)[:, None] * columns + n[None, :]
+        inside = (t < tokens)[:, None] & (n < columns)[None, :]
         size = tokens.to(tl.int64) * columns
         tl.store(parts + share * size + cell, sums, mask=inside)
-        last = last_to_finish(counters + tile, shares)
+        last = last_to_finish(counter, shares)
         if last:
             sums = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
             for other in range(shares):
                 sums += tl.load(parts + other * size + cell, mask=inside, other=0.0, cache_modifier=".cg")
+    if HAS_BIAS:
+        sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+    return sums, last
+
+
+@triton.jit(do_not_specialize=["tokens", "shares", "across"])
+def matrix_kernel(
+    x, weight, bias, y, parts, counters, x_row, tokens, columns, width, span, shares, across,
+    SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width.
+
+    `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share.
+    """
+    start_next(PDL)
+    tile = tl.program_id(0) // shares
+    share = tl.program_id(0) % shares
+    begin, first = share * span, tile % across * BLOCK_N
+    n = first + tl.arange(0, BLOCK_N)
+    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
+    row = matrix_weights(weight, columns, width, first, begin, PDL, WHOLE, BLOCK_N, AHEAD)
+    wait_for_inputs(PDL)
+
+    sums, last = matrix_sums(
+        row, x, bias, parts, counters + tile, x_row, t, n, tokens, columns, width, begin, span, share, shares,
+        SHARED, WHOLE, HAS_BIAS, BLOCK_T, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
     if last:
-        if HAS_BIAS:
-            sums += tl.load(bias + n, mask=n < columns, other=0.0).to(tl.float32)[None, :]
+        cell = t.to(tl.int64)[:, None] * columns + n[None, :]
+        inside = (t < tokens)[:, None] & (n < columns)[None, :]
         tl.store(y + cell, sums.to(y.dtype.element_ty), mask=inside)

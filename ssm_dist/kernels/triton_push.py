@@ -95,13 +95,16 @@ def _push_sum_kernel(
 ):  # fmt: skip
     """One program: one unit, `chunks` times 16 bytes of the message's `all_chunks`.
 
-    rank, peers, counters, error, limit: see `PushMemory`. PHASE: ALL, or one of them.
+    rank, peers, counters, error, limit: see `PushMemory`. PHASE: ALL, or one of them. In the last one it
+    takes what the kernel before has pushed, which let it start when everything earlier was over: so it may
+    read, and take, before it waits.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PER_CHUNK: tl.constexpr = 4 if DTYPE == tl.float32 else 8  # noqa: SIM300
     if EARLY:
         start_next(PDL)
-    wait_for_inputs(PDL)  # for the counters, too, which the kernel before may be about to change
+    if PHASE != 2:
+        wait_for_inputs(PDL)  # for the counters, too, which the kernel before may be about to change
     unit = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
     inside = chunk < tl.minimum(chunks, all_chunks - unit * chunks)
@@ -154,6 +157,8 @@ def _push_sum_kernel(
                 own + parts, inside, one_rank, failed, limit, CODE, TAKE_PARTS, RANKS, DTYPE
             )
         value = tile_of(a0, a1, b0, b1, c0, c1, d0, d1, DTYPE)
+        if PHASE == 2:
+            wait_for_inputs(PDL)
         if WITH_NORM:
             if HAS_RESIDUAL:
                 value += stream

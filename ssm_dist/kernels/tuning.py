@@ -110,6 +110,7 @@ TABLE: dict[str, dict[int, Rows]] = {
         90: [
             (1.2e6, {"PROGRAMS": 96, "num_warps": 4}),
             (2.5e6, {"PROGRAMS": 144, "num_warps": 4}),
+            (3.5e6, {"PROGRAMS": 192, "num_warps": 8}),
             (ANY, {}),
         ],
         80: [(ANY, {})],
@@ -124,6 +125,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     "linear_64_held": {
         90: [
+            (0.3e6, {"PROGRAMS": 48, "num_warps": 4}),
             (1e6, {"PROGRAMS": 192, "num_warps": 4}),
             (1.2e6, {"PROGRAMS": 384, "num_warps": 4}),
             (ANY, {}),
@@ -137,7 +139,19 @@ TABLE: dict[str, dict[int, Rows]] = {
     "linear_16": {
         90: [
             (3e6, {}),
-            (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 264, **FOUR_DEEP}),
+            (10e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 264, **FOUR_DEEP}),
+            (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
+            (30e6, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
+            (36e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
+            (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
+        ],
+        80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
+    },
+    # up to 16 rows, where the sums are longer than there are outputs
+    "linear_16_deep": {
+        90: [
+            (3e6, {}),
+            (16e6, {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 132, **FIVE_DEEP}),
             (ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 264, **SIX_DEEP}),
         ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 324, **FOUR_DEEP})],
@@ -161,7 +175,7 @@ TABLE: dict[str, dict[int, Rows]] = {
         ],
         80: [(ANY, {"BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 0, "PROGRAMS": 216, **FOUR_DEEP})],
     },
-    # up to 64 rows, where the sums are longer than there are outputs
+    # the same of up to 64 rows
     "linear_64_deep": {
         90: [
             (3e6, {"BLOCK_T": 16, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "PROGRAMS": 96, **FOUR_DEEP}),

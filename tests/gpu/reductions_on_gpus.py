@@ -252,7 +252,8 @@ def replayed_products(rows: int, columns: int, width: int, times: int) -> int:
     torch.manual_seed(5)  # the residual stream is alike on all ranks
     residual, scale = torch.randn(rows, columns, device=device), torch.ones_like(weight[:, 0])
     torch.manual_seed(tp.rank)
-    assert all(pushes_product(x, weight, tp.group, Wire(), with_norm=norm) for norm in (False, True))
+    wire = Wire(algorithm="one_shot")
+    assert all(pushes_product(x, weight, tp.group, wire, with_norm=norm) for norm in (False, True))
 
     def step() -> tuple[Tensor, Tensor, Tensor]:
         total = tp_linear_all_reduce(x, weight, tp.group)

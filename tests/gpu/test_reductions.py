@@ -40,6 +40,12 @@ REPLAYED = [
     Case("normal", 512, 2560, BF16, "int8", 128, "bulk"),
 ]
 
+PRODUCTS = [
+    (1, 2560, 2560), (1, 192, 2560), (4, 288, 4096), (1, 3712, 1856),
+    (8, 2560, 2560), (8, 192, 2560), (20, 192, 2560), (32, 2560, 2560), (40, 288, 4096), (64, 192, 2560),
+]  # fmt: skip
+"""Rows, outputs and inputs: of one kernel for few rows, then of two for more."""
+
 
 def exact_cases(way: str, dtype: torch.dtype) -> list[Case]:
     """All shapes in bfloat16; of the other dtypes, one of every kind of code."""
@@ -181,7 +187,7 @@ def test_a_thousand_replays_with_new_inputs(case: Case, degree: int) -> None:
 
 
 @each_degree
-@pytest.mark.parametrize("shape", [(1, 2560, 2560), (1, 192, 2560), (4, 288, 4096), (1, 3712, 1856)], ids=str)
+@pytest.mark.parametrize("shape", PRODUCTS, ids=str)
 def test_linear_layers_that_push(shape: tuple[int, int, int], degree: int) -> None:
     assert run_on_ranks(degree, on_gpus.replayed_products, *shape, 1000, device="cuda") == [0] * degree
 

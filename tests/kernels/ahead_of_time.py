@@ -138,11 +138,14 @@ KERNELS: dict[str, Case] = {
     **{
         f"linear, 16 rows, held, {name}": Case(
             gluon_linear.few_rows_kernel,
-            {"K": 5120, "SHARES": 4, "EIGHTS": 2, "HAS_BIAS": True, "WARPS": 4, "num_warps": 4, **given},
-            "", (90,),
+            {
+                "K": 5120, "SHARES": 4, "EIGHTS": 2, "HAS_BIAS": True, "WARPS": 4, "num_warps": 4,
+                "uses": "*i32", "peers": ("i64",), "RANKS": 0, **given,
+            }, "", (90,),
         )
         for name, given in {
             "shared": {}, "alone": {"K": 1280, "SHARES": 1, "EIGHTS": 1, "HAS_BIAS": False},
+            "pushed": {"K": 2560, "RANKS": 2, "peers": ("i64",) * 2, "HAS_BIAS": False},
         }.items()
     },
     "projected update": Case(

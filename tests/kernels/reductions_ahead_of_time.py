@@ -14,7 +14,7 @@ from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
 from ssm_dist.kernels.triton_codec_tiles import CHUNK, CODES, ROWS
 from ssm_dist.kernels.triton_push import ALL, _push_sum_kernel
 from ssm_dist.kernels.triton_push import CODES as PUSH_CODES
-from ssm_dist.kernels.triton_push_product import push_product_kernel
+from ssm_dist.kernels.triton_push_product import push_matrix_kernel, push_vector_kernel
 from ssm_dist.kernels.triton_remote import taking
 from tests.kernels.ahead_of_time import compiled, resources
 
@@ -43,14 +43,18 @@ def push(
     return compiled(_push_sum_kernel, given, 90)
 
 
-def push_product(tokens: int, width: int, ranks: int) -> CompiledKernel:
-    """The kernel of `triton_push_product` for sm_90, for bfloat16, of sums so long."""
+def push_product(rows: int, width: int, ranks: int) -> CompiledKernel:
+    """The kernels of `triton_push_product` for sm_90, for bfloat16, of sums so long."""
     given = {
-        "x": "*bf16", "weight": "*bf16", "peers": ("i64",) * ranks, "counters": "*i32", "K": width,
-        "TOKENS": tokens, "RANKS": ranks, "PDL": True, "BLOCK_N": 2, "BLOCK_K": 512, "THREADS": 128,
-        "num_warps": 4,
+        "x": "*bf16", "weight": "*bf16", "peers": ("i64",) * ranks, "uses": "*i32", "RANKS": ranks,
+        "PDL": True, "num_warps": 4,
     }  # fmt: skip
-    return compiled(push_product_kernel, given, 90)
+    if rows <= 4:
+        vector = {"K": width, "TOKENS": rows, "BLOCK_N": 2, "BLOCK_K": 512, "THREADS": 128}
+        return compiled(push_vector_kernel, given | vector, 90)
+    matrix = {"parts": "*fp32", "counters": "*i32", "SHARED": True, "WHOLE": True, "BLOCK_T": rows}
+    blocks = {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_stages": 4}
+    return compiled(push_matrix_kernel, given | matrix | blocks, 90)
 
 
 def bulk(codec: str, group: int, ranks: int, with_norm: bool, form: Form) -> CompiledKernel:
@@ -73,9 +77,9 @@ def main() -> None:
         print(json.dumps({"kernel": f"push {dtype} {ranks} {two_shot}", **found}), flush=True)
     late = resources(push(torch.bfloat16, 2, False, True, 512, early=False))
     print(json.dumps({"kernel": "push, the next kernel late", **late}), flush=True)
-    for tokens, width, ranks in (1, 4096, 2), (4, 2560, 4):
-        found = resources(push_product(tokens, width, ranks))
-        print(json.dumps({"kernel": f"push product {tokens} {width} {ranks}", **found}), flush=True)
+    for rows, width, ranks in (1, 4096, 2), (4, 2560, 4), (16, 2560, 2):
+        found = resources(push_product(rows, width, ranks))
+        print(json.dumps({"kernel": f"push product {rows} {width} {ranks}", **found}), flush=True)
     for codec, group, ranks, norm in (
         ("none", 128, 2, True),
         ("none", 128, 4, False),
