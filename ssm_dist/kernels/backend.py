@@ -86,7 +86,7 @@ def implementation(op: str) -> Callable[..., Any]:
     return _implementations[op][_serving[op]]
 
 
-def origin(op: str) -> str:
+def serving(op: str) -> str:
     """Where the function that implements `op` is from: reference, triton or mamba_ssm."""
     return _serving[op]
 

@@ -5,6 +5,10 @@ launched in the ordinary way has finished; so before `wait_for_inputs` it reads 
 parameters, and it writes nothing: not even a buffer that only it uses, which an earlier kernel may still hold
 under another name. Every kernel that is launched so must wait, in all its programs: what follows it relies on
 its end for the end of everything before. Kernels launched in the ordinary way wait by themselves.
+
+One exception: what directly follows a kernel that calls `start_next` only after its own wait comes after all
+that was before that one. So it may read such results, past the L1 cache, and use memory that the kernel
+before it does not read, before it waits (`triton_push`).
 """
 
 from __future__ import annotations

@@ -20,11 +20,24 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ssm_dist.kernels import gluon_linear_form
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.triton_push import PushMemory
-from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, PUSH_WORD
+from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD
 from ssm_dist.kernels.triton_shares import counters
 from ssm_dist.kernels.tuning import Configuration
 
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
+PUSH_PAIRS = gl.constexpr("""
+{
+    .reg .pred  wanted;
+    .reg .u32   thread;
+    mov.u32     thread, %tid.x;
+    setp.ne.s32 wanted, $3, 0;
+    setp.lt.and.u32 wanted, thread, 64, wanted;
+    @wanted st.relaxed.sys.global.b32 [$1], $2;
+    mov.b32     $0, 0;
+}
+""")
+"""As `push_word`, by the first 64 threads. Copies that other threads hold must not be sent: they might come
+when the word has been taken."""
 STEP = gl.constexpr(gluon_linear_form.STEP)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
 
@@ -158,7 +171,7 @@ def few_rows_kernel(
 
 @gluon.constexpr_function
 def _pair_lanes(warps):
-    """64 words, a lane each of two warps; the others hold copies."""
+    """64 words, a lane each of two warps; the others hold copies, which `PUSH_PAIRS` does not send."""
     bits = warps.bit_length() - 1
     warp = [[32]] + [[0]] * (bits - 1) if bits else []
     registers = [] if bits else [[32]]
@@ -253,7 +266,7 @@ def _finish(
                 place, wanted = places[r]
                 for step in gl.static_range(RANKS):
                     gl.inline_asm_elementwise(
-                        PUSH_WORD, "=r,l,r,r", [peers[step] + place, words, wanted.to(gl.int32)], gl.int32,
+                        PUSH_PAIRS, "=r,l,r,r", [peers[step] + place, words, wanted.to(gl.int32)], gl.int32,
                         is_pure=False, pack=1,
                     )  # fmt: skip
 

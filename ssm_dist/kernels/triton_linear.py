@@ -42,6 +42,12 @@ def vector_blocks(x: Tensor, weight: Tensor, rows: int | None = None, heads: int
     return {**config, "BLOCK_N": rows, "BLOCK_K": 512 // size * max(1, warps // rows)}
 
 
+def in_registers(x: Tensor, weight: Tensor, rows: int) -> bool:
+    """Whether the ordinary units' programs can hold so many rows of the weight; torch.compile asks, too."""
+    warps, most = _vector_configuration(x, weight)["num_warps"], HELD[1 if len(x) == 1 else VECTOR_ROWS]
+    return rows * x.shape[1] * weight.element_size() <= most * 32 * warps
+
+
 def _vector(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, heads: int = 1) -> None:
     (tokens, width), columns = x.shape, weight.shape[0]
     width //= heads

@@ -4,7 +4,7 @@ No barrier, and no copy into a shared buffer. A *unit* is what one program sums:
 norm, or a piece of a message. Unit u has a slot of fixed place in every rank's memory for each sender, twice:
 a counter of the slot's uses, in the device's own memory, says which of the two a use takes. A rank begins use
 j + 2 only when it has what all others sent in use j + 1, and they sent that after they had emptied use j. So
-two are enough, whatever the units of the calls between.
+two are enough, whatever the units of the calls between, and also where one kernel sends and the next takes.
 
     one-shot    everybody stores to everybody, and adds up for himself
     two-shot    everybody stores to the unit's owner (u % ranks), who adds up and stores the sum to everybody
@@ -26,9 +26,10 @@ from torch import Tensor
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, push, take_sum, taking, word_of
 
-ALL = -1
-"""Phases of a kernel: all at once. Tests play several ranks in one process, one phase after the other. The
-last one takes what was sent, and does not look at x."""
+ALL, SEND, REDUCE, TAKE = -1, 0, 1, 2
+"""Phases of a kernel: all at once; what is sent, added up by owners, and taken. `TAKE` does not look at x: it
+follows a kernel that sends by itself (`triton_push_product`). Tests play several ranks in one process, one
+phase after the other."""
 
 CODES = {"one_shot": 64, "two_shot": 128}
 """What the error word says of a wait of this file that failed, besides the missing rank."""
@@ -95,9 +96,9 @@ def _push_sum_kernel(
 ):  # fmt: skip
     """One program: one unit, `chunks` times 16 bytes of the message's `all_chunks`.
 
-    rank, peers, counters, error, limit: see `PushMemory`. PHASE: ALL, or one of them. In the last one it
-    takes what the kernel before has pushed, which let it start when everything earlier was over: so it may
-    read, and take, before it waits.
+    rank, peers, counters, error, limit: see `PushMemory`. PHASE: ALL, or one of them. What TAKE takes the
+    kernel before has pushed, which let it start when everything earlier was over: so it may read, past the L1
+    cache, and take, before it waits.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PER_CHUNK: tl.constexpr = 4 if DTYPE == tl.float32 else 8  # noqa: SIM300
@@ -108,7 +109,8 @@ def _push_sum_kernel(
     unit = tl.program_id(0)
     chunk = tl.arange(0, BLOCK)
     inside = chunk < tl.minimum(chunks, all_chunks - unit * chunks)
-    uses = tl.load(counters + unit)
+    PAST_L1: tl.constexpr = ".cg" if PHASE == 2 else ""  # it may be out of date until it waits
+    uses = tl.load(counters + unit, cache_modifier=PAST_L1)
     one_rank = slots.to(tl.int64) * slot_bytes
     in_slot = unit * slot_bytes + chunk * 16
     parts = (uses & 1) * RANKS * one_rank + in_slot
@@ -147,7 +149,7 @@ def _push_sum_kernel(
             column = chunk[:, None] * PER_CHUNK + tl.arange(0, PER_CHUNK)[None, :]
             factor = tl.load(weight + column, mask=exists, other=0.0).to(tl.float32)
             if HAS_RESIDUAL:
-                stream = tl.load(residual + element, mask=exists, other=0.0)
+                stream = tl.load(residual + element, mask=exists, other=0.0, cache_modifier=PAST_L1)
         if TWO_SHOT:
             a0, a1, b0, b1, c0, c1, d0, d1 = take_sum(
                 own + sums, inside, one_rank, failed, limit, CODE + owner, TAKE_SUM, 1, DTYPE

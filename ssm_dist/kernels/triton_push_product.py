@@ -16,7 +16,13 @@ from torch import Tensor
 
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.linear import empty_outputs, linear
-from ssm_dist.kernels.triton_linear import held_kernel, matrix_blocks, served_by, vector_blocks
+from ssm_dist.kernels.triton_linear import (
+    held_kernel,
+    in_registers,
+    matrix_blocks,
+    served_by,
+    vector_blocks,
+)
 from ssm_dist.kernels.triton_linear_kernels import (
     matrix_sums,
     matrix_weights,
@@ -25,6 +31,7 @@ from ssm_dist.kernels.triton_linear_kernels import (
 )
 from ssm_dist.kernels.triton_push import (
     ALL,
+    TAKE,
     PushMemory,
     push_fits,
     push_sum,
@@ -35,9 +42,6 @@ from ssm_dist.kernels.triton_remote import push_word, word_of
 
 WORD = 4
 """Bytes."""
-
-TAKING = 2
-"""The phase of `triton_push` that takes what was sent."""
 
 
 @triton.jit
@@ -93,7 +97,7 @@ def push_vector_kernel(
 def push_matrix_kernel(
     x, weight, parts, counters, x_row, tokens, columns, width, span, shares, across,
     rank, peers, uses, slots, slot_bytes, unit_bytes,
-    SHARED: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, RANKS: tl.constexpr,
+    SHARED: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, RANKS: tl.constexpr, WARPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: as `matrix_kernel`'s, its numbers to all RANKS."""
@@ -116,6 +120,8 @@ def push_matrix_kernel(
         row, x, x, parts, counters + tile, x_row, t, n, tokens, columns, width, begin, span, share, shares,
         SHARED, WHOLE, False, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
+    # A tile of fewer words than threads would be held, and sent, several times over: see triton_remote.
+    tl.static_assert(BLOCK_T * BLOCK_N >= 64 * WARPS)
     if last:
         low, high = tl.split(tl.reshape(sums, (BLOCK_T, BLOCK_N // 2, 2)))
         words = word_of(low, high, DTYPE)
@@ -126,11 +132,11 @@ def push_matrix_kernel(
 def pushes_product(x: Tensor, weight: Tensor, memory: PushMemory, with_norm: bool) -> bool:
     """Whether `product_sum`, or `product_sum_add_rms_norm`, serves x (T, K) and weight (N, K)."""
     kernel, columns, numbers = served_by(x, weight), weight.shape[0], WORD // x.element_size()
-    if kernel is None or not push_fits(len(x), columns * x.element_size(), memory, with_norm):
+    if kernel is None or columns % numbers:
         return False
-    if kernel == "vector":
-        return vector_blocks(x, weight, numbers)["BLOCK_N"] == numbers and len(x) * memory.ranks <= 32
-    return True
+    if kernel == "vector" and not (in_registers(x, weight, numbers) and len(x) * memory.ranks <= 32):
+        return False
+    return push_fits(len(x), columns * x.element_size(), memory, with_norm)
 
 
 def product_sum(x: Tensor, weight: Tensor, memory: PushMemory, phase: int = ALL) -> Tensor:
@@ -138,18 +144,22 @@ def product_sum(x: Tensor, weight: Tensor, memory: PushMemory, phase: int = ALL)
     like = empty_outputs(x, weight)
     if not _pushed(x, weight, like, unit_bytes(like.nbytes), memory, phase):
         return push_sum(linear(x, weight), memory, two_shot=False, phase=phase)
-    return push_sum(like, memory, two_shot=False, phase=TAKING) if phase else like
+    return push_sum(like, memory, two_shot=False, phase=TAKE) if phase else like
 
 
 def product_sum_add_rms_norm(
     x: Tensor, weight: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, memory: PushMemory,
     phase: int = ALL,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`kernels.add_rms_norm` of that sum."""
+    """`kernels.add_rms_norm` of that sum.
+
+    Nothing may be launched between the two kernels: the second reads the residual stream before it waits,
+    since the first has waited for all that came before.
+    """
     like, given = empty_outputs(x, weight), (residual, norm_weight, eps, memory, False)
     if not _pushed(x, weight, like, like.shape[1] * like.element_size(), memory, phase):
         return push_sum_add_rms_norm(linear(x, weight), *given, phase)
-    return push_sum_add_rms_norm(like, *given, TAKING) if phase else (like, like)
+    return push_sum_add_rms_norm(like, *given, TAKE) if phase else (like, like)
 
 
 def _pushed(x: Tensor, weight: Tensor, like: Tensor, unit: int, memory: PushMemory, phase: int) -> bool:
@@ -177,5 +187,7 @@ def _pushed(x: Tensor, weight: Tensor, like: Tensor, unit: int, memory: PushMemo
             )  # fmt: skip
         else:
             programs, numbers, constants = matrix_blocks(x, weight)
-            push_matrix_kernel[(programs,)](x, weight, **numbers, **constants, **how)
+            push_matrix_kernel[(programs,)](
+                x, weight, **numbers, **constants, WARPS=constants["num_warps"], **how
+            )
     return True

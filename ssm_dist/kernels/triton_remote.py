@@ -1,8 +1,8 @@
 """What GPUs that see each other's memory need to talk: stores that others see, and bounded waits for them.
 
-Two protocols. *Words that are their own flags*: a sender stores 16 bytes at once; a receiver polls until none
-of the four words is EMPTY, and stores EMPTY again. *Flags*: a sender stores data, then raises a flag with
-release; a receiver polls the flag with acquire, then loads the data.
+Two protocols. *Words that are their own flags*: a sender stores 16 bytes at once, or single words; a receiver
+polls until none of four words is EMPTY, and stores EMPTY again. *Flags*: a sender stores data, then raises a
+flag with release; a receiver polls the flag with acquire, then loads the data.
 
 A wait ends after `limit` nanoseconds with a code in the error words, and at once when there is a code
 already, so that a graph full of waits ends soon after the first one that failed. What it returns then is of

@@ -185,6 +185,11 @@ def beside(call: Callable[[], Result], group: str) -> Result:
     return half.sum(call, group_named(group))
 
 
+def in_halves() -> bool:
+    """Whether this is one of two halves of a step, which hand over where they sum."""
+    return _half() is not None
+
+
 def begin_left_sum() -> None:
     """Where a scan follows: begin the sum that the other half has left, if there is one."""
     half = _half()

@@ -25,7 +25,7 @@ from ssm_dist.parallel.collectives import (
     tp_linear_all_reduce_add_rms_norm,
 )
 from ssm_dist.parallel.feedback import feeds_back, sum_with_feedback
-from ssm_dist.parallel.interleaving import begin_left_sum, beside
+from ssm_dist.parallel.interleaving import begin_left_sum, beside, in_halves
 from ssm_dist.parallel.mesh import TensorParallel
 
 
@@ -134,7 +134,7 @@ def ColwiseBeforeScan() -> BeforeScan:
     return BeforeScan({"weight": 0, "bias": 0})
 
 
-class Product(NamedTuple):
+class DeferredLinear(NamedTuple):
     """x W^T of x (T, K) and a weight (N, K), left to the norm that sums it over the ranks."""
 
     x: Tensor
@@ -151,7 +151,7 @@ class Rowwise(Style):
     dim: int = 1
     """The dimension of the weight that holds the inputs."""
     before_norm: bool = False
-    """Its output goes to a `ReduceAddNorm` as it is, and may be a `Product` that this one multiplies."""
+    """Its output goes to a `ReduceAddNorm` as it is, which may get a `DeferredLinear` and multiply."""
 
     def shards(self, module: nn.Module) -> dict[str, int]:
         return {"weight": self.dim}
@@ -163,9 +163,11 @@ class Rowwise(Style):
         elif self.before_norm:
             whole, group, wire = module.forward, tp.group, tp.reductions.branch
 
-            def forward(x: Tensor) -> Tensor | Product:
+            def forward(x: Tensor) -> Tensor | DeferredLinear:
                 rows = x.flatten(1), weight_of(module).flatten(1)
-                return Product(*rows) if pushes_product(*rows, group, wire, with_norm=True) else whole(x)
+                if in_halves() or not pushes_product(*rows, group, wire, with_norm=True):
+                    return whole(x)
+                return DeferredLinear(*rows)
 
             module.forward = forward
 
@@ -189,12 +191,12 @@ class ReduceAddNorm(Style):
         how = (wire.codec, wire.group_size, wire.algorithm)
 
         def forward(
-            branch: Tensor | Product | None, residual: Tensor | None, appended: Tensor | None = None
+            branch: Tensor | DeferredLinear | None, residual: Tensor | None, appended: Tensor | None = None
         ) -> tuple[Tensor, Tensor]:
             weight, eps = weight_of(module), cast(HasEpsilon, module).eps
             if branch is None:
                 return add_rms_norm(None, residual, weight, eps, appended)
-            if isinstance(branch, Product):
+            if isinstance(branch, DeferredLinear):
                 if appended is None:
                     return tp_linear_all_reduce_add_rms_norm(*branch, residual, weight, eps, group)
                 total = tp_linear_all_reduce(*branch, group)

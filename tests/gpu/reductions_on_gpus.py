@@ -33,6 +33,7 @@ from ssm_dist.parallel.collectives import (
     wait_for_device,
 )
 from tests.kernels.codec_bounds import reduction_bound
+from tests.kernels.playing_ranks import words_a_program
 from tests.parallel.feedback_on_ranks import wrong_sums
 from tests.parallel.reductions_on_ranks import Case
 
@@ -244,36 +245,49 @@ def replays(case: Case, times: int) -> int:
     return int(wrong)
 
 
-def replayed_products(rows: int, columns: int, width: int, times: int) -> int:
-    """Replays of linear layers that push, ranks out of step; how often bits differ from a push after one."""
+def replayed_products(rows: int, columns: int, width: int, dtype: torch.dtype, times: int) -> int:
+    """Replays of linear layers that push, ranks out of step; how often bits differ from a push after one.
+
+    Layer after layer, each on what the one before has made, where that is as wide.
+    """
     tp, device = ready()
-    x = torch.randn(rows, width, dtype=torch.bfloat16, device=device)
-    weight = torch.randn(columns, width, device=device).bfloat16() / width**0.5
+    x = torch.randn(rows, width, dtype=dtype, device=device)
+    weight = (torch.randn(columns, width, device=device) / width**0.5).to(dtype)
     torch.manual_seed(5)  # the residual stream is alike on all ranks
     residual, scale = torch.randn(rows, columns, device=device), torch.ones_like(weight[:, 0])
     torch.manual_seed(tp.rank)
     wire = Wire(algorithm="one_shot")
     assert all(pushes_product(x, weight, tp.group, wire, with_norm=norm) for norm in (False, True))
 
-    def step() -> tuple[Tensor, Tensor, Tensor]:
-        total = tp_linear_all_reduce(x, weight, tp.group)
-        return total, *tp_linear_all_reduce_add_rms_norm(x, weight, residual, scale, 1e-5, tp.group)
+    def step(pushes: bool) -> list[Tensor]:
+        made, given, stream = list[Tensor](), x, residual
+        for _ in range(3):
+            if pushes:
+                made.append(tp_linear_all_reduce(given, weight, tp.group))
+                normed = (given, weight, stream, scale, 1e-5, tp.group)
+                made += tp_linear_all_reduce_add_rms_norm(*normed)
+            else:
+                with words_a_program(dtype):
+                    part = linear(given, weight)
+                made.append(tp_all_reduce(part, *how))
+                made += tp_all_reduce_add_rms_norm(part, stream, scale, 1e-5, *how)
+            if columns == width:
+                given, stream = made[-2:]
+        return made
 
-    step()
+    how = (tp.group, "none", 128, "one_shot")
+    step(True)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        captured = step()
+        captured = step(True)
     wrong, own = torch.zeros((), dtype=torch.int64, device=device), random.Random(tp.rank)
-    how = (tp.group, "none", 128, "one_shot")
     for _ in range(times):
         x.normal_()
         if own.random() < 0.02:
             torch.cuda._sleep(int(own.random() * 300_000))
         graph.replay()
-        part = linear(x, weight)
-        expected = tp_all_reduce(part, *how), *tp_all_reduce_add_rms_norm(part, residual, scale, 1e-5, *how)
-        for got, again in zip(captured, expected, strict=True):
+        for got, again in zip(captured, step(False), strict=True):
             wrong += (got != again).any()
     wait_for_device(tp.group, device)
     return int(wrong) + times * (not all(map(same_bits, captured)))

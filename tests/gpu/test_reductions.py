@@ -41,8 +41,9 @@ REPLAYED = [
 ]
 
 PRODUCTS = [
-    (1, 2560, 2560), (1, 192, 2560), (4, 288, 4096), (1, 3712, 1856),
-    (8, 2560, 2560), (8, 192, 2560), (20, 192, 2560), (32, 2560, 2560), (40, 288, 4096), (64, 192, 2560),
+    (1, 2560, 2560, BF16), (1, 192, 2560, BF16), (4, 288, 4096, F16), (1, 1024, 1856, F32),
+    (4, 512, 512, F32), (8, 2560, 2560, BF16), (8, 192, 2560, BF16), (8, 2560, 1280, F16),
+    (20, 192, 2560, F16), (32, 2560, 2560, BF16), (40, 288, 4096, BF16), (64, 192, 2560, BF16),
 ]  # fmt: skip
 """Rows, outputs and inputs: of one kernel for few rows, then of two for more."""
 
@@ -188,7 +189,7 @@ def test_a_thousand_replays_with_new_inputs(case: Case, degree: int) -> None:
 
 @each_degree
 @pytest.mark.parametrize("shape", PRODUCTS, ids=str)
-def test_linear_layers_that_push(shape: tuple[int, int, int], degree: int) -> None:
+def test_linear_layers_that_push(shape: tuple[int, int, int, torch.dtype], degree: int) -> None:
     assert run_on_ranks(degree, on_gpus.replayed_products, *shape, 1000, device="cuda") == [0] * degree
 
 

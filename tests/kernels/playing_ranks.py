@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
+from ssm_dist.kernels import tuning
 from ssm_dist.kernels.triton_bulk import PROGRAMS, BulkMemory, bulk_bytes
 from ssm_dist.kernels.triton_push import PushMemory, push_bytes
 
@@ -57,3 +61,11 @@ class BulkRanks:
             )
             for rank in range(ranks)
         ]  # fmt: skip
+
+
+@contextlib.contextmanager
+def words_a_program(dtype: torch.dtype) -> Iterator[None]:
+    """Let linear layers take their sums in the order that those have which push."""
+    config = {"BLOCK_N": 4 // dtype.itemsize, "AHEAD": 0, "num_warps": 4}
+    with tuning.forced("linear_1", config), tuning.forced("linear_4", config):
+        yield

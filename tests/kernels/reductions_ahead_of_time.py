@@ -52,8 +52,8 @@ def push_product(rows: int, width: int, ranks: int) -> CompiledKernel:
     if rows <= 4:
         vector = {"K": width, "TOKENS": rows, "BLOCK_N": 2, "BLOCK_K": 512, "THREADS": 128}
         return compiled(push_vector_kernel, given | vector, 90)
-    matrix = {"parts": "*fp32", "counters": "*i32", "SHARED": True, "WHOLE": True, "BLOCK_T": rows}
-    blocks = {"BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_stages": 4}
+    matrix = {"parts": "*fp32", "counters": "*i32", "SHARED": True, "WHOLE": True, "WARPS": 4}
+    blocks = {"BLOCK_T": rows, "BLOCK_N": 64, "BLOCK_K": 128, "AHEAD": 0, "num_stages": 4}
     return compiled(push_matrix_kernel, given | matrix | blocks, 90)
 
 

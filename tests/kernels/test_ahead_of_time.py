@@ -31,6 +31,7 @@ REGISTERS = {
     ("linear, 4 rows, 2 heads", 90): 128,
     ("linear, 64 rows dealt out", 90): 64,
     ("linear, 16 rows, held, shared", 90): 192, ("linear, 16 rows, held, alone", 90): 136,
+    ("linear, 16 rows, held, pushed", 90): 104,
     ("linear, 64 rows", 90): 168, ("linear, 64 rows", 80): 168,
     ("projected update", 90): 128, ("projected update", 80): 128,
     ("projected updates, 64 sequences", 90): 120, ("projected updates, 256 sequences", 90): 200,

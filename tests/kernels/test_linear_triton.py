@@ -117,7 +117,7 @@ def test_heads_are_projected(
 @pytest.mark.parametrize("programs", [1, 6, 10, 1000])
 def test_programs_that_share_a_sum_count_to_zero_again(programs: int) -> None:
     x, weight, bias = inputs(6, (36, 300), torch.bfloat16)
-    with tuning.forced("linear_16", {**TILES, "PROGRAMS": programs}):
+    with tuning.forced(triton_linear.matrix_op(6, weight), {**TILES, "PROGRAMS": programs}):
         first = kernels.linear(x, weight, bias)
         check(x, weight, bias)
         assert torch.equal(kernels.linear(x, weight, bias), first)
@@ -168,7 +168,7 @@ def test_another_kernel_serves_where_the_weight_cannot_be_held(matrix: tuning.Co
     """Compiled as one graph, too: what is asked while compiling needs no addresses."""
     x, weight, bias = torch.randn(6, 64).bfloat16(), torch.randn(9, 64).bfloat16(), torch.randn(9).bfloat16()
     held: tuning.Configuration = {"PROGRAMS": 4, "num_warps": 4}
-    with tuning.forced("linear_16_held", held), tuning.forced("linear_16", matrix):
+    with tuning.forced("linear_16_held", held), tuning.forced(triton_linear.matrix_op(6, weight), matrix):
         assert triton_linear._serves(x, weight)
         check(x, weight, bias)
         compiled = torch.compile(triton_linear.linear, fullgraph=True, dynamic=True, backend="eager")

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from ssm_dist.kernels import linear, tuning
-from tests.kernels.playing_ranks import PushRanks
+from ssm_dist.kernels import linear
+from tests.kernels.playing_ranks import PushRanks, words_a_program
 from tests.kernels.test_push_triton import ROUNDING
 
 pytestmark = pytest.mark.usefixtures("triton_backend")
@@ -19,14 +16,6 @@ pytestmark = pytest.mark.usefixtures("triton_backend")
 TOLERANCE = {"rtol": 2**-20, "atol": 2**-20}
 each_dtype = pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 each_size = pytest.mark.parametrize("ranks", [2, 3])
-
-
-@contextlib.contextmanager
-def words_a_program(dtype: torch.dtype) -> Iterator[None]:
-    """Let linear layers take their sums in the order that those have which push."""
-    config = {"BLOCK_N": 4 // dtype.itemsize, "AHEAD": 0, "num_warps": 4}
-    with tuning.forced("linear_1", config), tuning.forced("linear_4", config):
-        yield
 
 
 def factors(ranks: int, rows: int, columns: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -116,6 +105,29 @@ def test_the_norm_of_the_sum_has_the_bits_of_a_linear_layer_and_a_push(
     assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
+@pytest.mark.parametrize("rows", [1, 7])
+def test_a_rank_that_cannot_push_products_adds_up_with_one_that_does(rows: int) -> None:
+    from ssm_dist.kernels.triton_push import push_sum, push_sum_add_rms_norm
+    from ssm_dist.kernels.triton_push_product import product_sum, product_sum_add_rms_norm
+
+    world, columns = PushRanks(2, slots=8, slot_bytes=4096), 40
+    x, weight = factors(2, rows, columns, 96, torch.bfloat16)
+    scale, residual = torch.randn(columns).bfloat16(), torch.randn(rows, columns)
+    norm = (residual, scale, 1e-5, world.memories[1], False)
+    with words_a_program(torch.bfloat16):
+        part = linear(x[1], weight[1])
+    product_sum(x[0], weight[0], world.memories[0], 0)
+    push_sum(part, world.memories[1], two_shot=False, phase=0)
+    sums = product_sum(x[0], weight[0], world.memories[0], 2), push_sum(part, world.memories[1], False, 2)
+    assert torch.equal(*sums)
+    product_sum_add_rms_norm(x[0], weight[0], residual, scale, 1e-5, world.memories[0], 0)
+    push_sum_add_rms_norm(part, *norm, 0)
+    mine = product_sum_add_rms_norm(x[0], weight[0], residual, scale, 1e-5, world.memories[0], 2)
+    assert torch.equal(torch.cat(mine), torch.cat(push_sum_add_rms_norm(part, *norm, 2)))
+    assert_close(mine[1], residual + sums[0], rtol=2**-7, atol=2**-6)
+    assert world.empty
+
+
 def test_nothing_that_looks_empty_is_sent() -> None:
     from ssm_dist.kernels.triton_push_product import product_sum
 
@@ -129,8 +141,8 @@ def test_nothing_that_looks_empty_is_sent() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "columns", "width", "with_norm"),
-    [(65, 64, 64, False), (1, 60, 64, False), (1, 2056, 64, True), (3, 64, 8192, False)],
-    ids=["many rows", "no whole 16 bytes", "rows longer than slots", "more than registers hold"],
+    [(65, 64, 64, False), (1, 60, 64, False), (8, 97, 64, False), (1, 2056, 64, True), (3, 64, 8192, False)],
+    ids=["many rows", "no whole 16 bytes", "no whole words", "rows longer than slots", "more than registers"],
 )
 def test_what_cannot_push_is_known(rows: int, columns: int, width: int, with_norm: bool) -> None:
     from ssm_dist.kernels.triton_push_product import pushes_product

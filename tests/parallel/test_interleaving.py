@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
-from ssm_dist.parallel import interleaving
+from ssm_dist.parallel import TensorParallel, interleaving, styles
+from ssm_dist.parallel.collectives import EXACT
 from ssm_dist.parallel.collectives.groups import _groups, group_named, register_lone_rank
-from ssm_dist.parallel.interleaving import Interleaver, begin_left_sum, beside
+from ssm_dist.parallel.interleaving import Interleaver, begin_left_sum, beside, in_halves
+from ssm_dist.parallel.styles import DeferredLinear, Rowwise
 
 Run = Callable[[], str]
 
@@ -44,6 +48,22 @@ def half(name: str, layers: int, log: list[str], group: str, *, scans: bool = Tr
         return found
 
     return run
+
+
+def test_a_half_leaves_no_linear_layer_to_its_norm(
+    monkeypatch: pytest.MonkeyPatch, group: str, interleaver: Interleaver
+) -> None:
+    """Which would multiply and sum in one: halves hand over at sums."""
+    monkeypatch.setattr(styles, "pushes_product", lambda *_, **__: True)
+    layer, ranks = torch.nn.Linear(8, 4, bias=False), SimpleNamespace(rank=0, group=group, reductions=EXACT)
+    Rowwise(before_norm=True).install(layer, cast(TensorParallel, ranks))
+    x = torch.randn(3, 8)
+
+    def leaves() -> tuple[bool, bool]:
+        return in_halves(), isinstance(layer(x), DeferredLinear)
+
+    assert leaves() == (False, True)
+    assert interleaver.run(leaves, leaves) == ((True, False), (True, False))
 
 
 def test_a_sum_begins_where_the_other_half_scans(group: str, interleaver: Interleaver) -> None:

@@ -26,7 +26,7 @@ def pushes_product(x: Tensor, weight: Tensor, group: str, wire: Wire, *, with_no
 
     with_norm: with residual and norm. By static sizes, so that all ranks agree.
     """
-    if not is_registered(group) or backend.origin("linear") != "triton":
+    if not is_registered(group) or backend.serving("linear") != "triton":
         return False
     ranks = group_named(group)
     if ranks.memory is None or not ranks.memory.pushes_product(x, weight, with_norm):
