@@ -36,7 +36,7 @@ PUSH_PAIRS = gl.constexpr("""
     mov.b32     $0, 0;
 }
 """)
-"""As `push_word`, by the first 64 threads. Copies that other threads hold must not be sent: they might come
+"""As `push_words`, by the first 64 threads. Copies that other threads hold must not be sent: they might come
 when the word has been taken."""
 STEP = gl.constexpr(gluon_linear_form.STEP)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6

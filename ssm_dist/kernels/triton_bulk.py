@@ -74,10 +74,11 @@ class Form(NamedTuple):
 WARPS = 4
 """A program: a row of a tile each."""
 
-ALONE, BESIDE = Form(4, 5, 5, 5, 10), Form(8, 2, 2, 2, 4)
-"""Of a kernel that may take whole multiprocessors, and of one that leaves room for others. Latencies add up
-to what the link takes, since all programs send, and wait, at the same time: so many loads are in flight.
-With more programs, each has fewer rounds, and then little is sent while something is read."""
+ALONE, WORDY, BESIDE = Form(4, 5, 5, 5, 10), Form(4, 2, 2, 2, 4), Form(8, 2, 2, 2, 4)
+"""Of a kernel that may take whole multiprocessors, of one whose codec takes so many instructions that more of
+them in a row are slower (fp8), and of one that leaves room for others. Latencies add up to what the link
+takes, since all programs send, and wait, at the same time: so many loads are in flight. With more programs,
+each has fewer rounds, and then little is sent while something is read."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _launch(
     whole = residual is not None and residual.shape[0] == rows
     assert residual is None or whole or residual.shape[0] == stripe
     parts_at = _flag_bytes(memory.ranks)
-    form = ALONE if programs is None else BESIDE
+    form = BESIDE if programs is not None else WORDY if codec == "fp8" else ALONE
     most = min(PROGRAMS, form.programs * _multiprocessors(x.device))
     grid = min(most if programs is None else min(programs, most), triton.cdiv(stripe, ROWS))
     with torch.cuda.device_of(x):

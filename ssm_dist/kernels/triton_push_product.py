@@ -38,10 +38,13 @@ from ssm_dist.kernels.triton_push import (
     push_sum_add_rms_norm,
     unit_bytes,
 )
-from ssm_dist.kernels.triton_remote import push_word, word_of
+from ssm_dist.kernels.triton_remote import push_one, push_words, word_of
 
 WORD = 4
 """Bytes."""
+
+MOST_ROWS = 32
+"""Of the tensor cores' kernel: of more, a thread would have to hold too many places."""
 
 
 @triton.jit
@@ -59,7 +62,7 @@ def push_vector_kernel(
     x, weight, x_row, weight_row, columns,
     rank, peers, uses, slots, slot_bytes, unit_bytes,
     K: tl.constexpr, TOKENS: tl.constexpr, RANKS: tl.constexpr, PDL: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, THREADS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: a word of each of TOKENS rows, BLOCK_N numbers, to all RANKS.
 
@@ -73,24 +76,20 @@ def push_vector_kernel(
     wait_for_inputs(PDL)
     start_next(PDL)  # not before: what follows takes at once, and changes the counters
 
-    # A thread for each row and receiver. The counters are asked for before the inputs, and used after them.
-    thread = tl.arange(0, THREADS)
-    token, receiver = thread // RANKS, thread % RANKS
-    wanted = token < TOKENS
-    byte = (token * columns + first) * (DTYPE.primitive_bitwidth // 8)
-    part = part_of(byte, wanted, rank, uses, slots, slot_bytes, unit_bytes, RANKS)
+    # The counters are asked for before the inputs, and used after them.
+    places = ()
+    for t in tl.static_range(TOKENS):
+        byte = (t * columns + first) * (DTYPE.primitive_bitwidth // 8)
+        places += (part_of(byte, first < columns, rank, uses, slots, slot_bytes, unit_bytes, RANKS),)
     totals = vector_sums(tiles, x, x_row, K, TOKENS, BLOCK_N, BLOCK_K)
-    words = tl.zeros((THREADS,), tl.int32)
     for t in tl.static_range(TOKENS):
         if BLOCK_N == 2:
             low, high = tl.split(tl.reshape(totals[t], (1, 2)))
         else:
             low, high = totals[t], totals[t]
-        words = tl.where(token == t, word_of(low, high, DTYPE), words)
-    to = tl.zeros((THREADS,), tl.int64)
-    for step in tl.static_range(RANKS):
-        to = tl.where(receiver == step, peers[step], to)
-    push_word(to + part, words, wanted)
+        word = tl.sum(word_of(low, high, DTYPE), 0)
+        for step in tl.static_range(RANKS):
+            push_one(peers[step] + places[t], word, t * RANKS + step)
 
 
 @triton.jit(do_not_specialize=["tokens", "shares", "across", "rank"])
@@ -126,13 +125,13 @@ def push_matrix_kernel(
         low, high = tl.split(tl.reshape(sums, (BLOCK_T, BLOCK_N // 2, 2)))
         words = word_of(low, high, DTYPE)
         for step in tl.static_range(RANKS):
-            push_word(peers[step] + part, words, wanted)
+            push_words(peers[step] + part, words, wanted)
 
 
 def pushes_product(x: Tensor, weight: Tensor, memory: PushMemory, with_norm: bool) -> bool:
     """Whether `product_sum`, or `product_sum_add_rms_norm`, serves x (T, K) and weight (N, K)."""
     kernel, columns, numbers = served_by(x, weight), weight.shape[0], WORD // x.element_size()
-    if kernel is None or columns % numbers:
+    if kernel is None or columns % numbers or (kernel == "matrix" and len(x) > MOST_ROWS):
         return False
     if kernel == "vector" and not (in_registers(x, weight, numbers) and len(x) * memory.ranks <= 32):
         return False
@@ -182,8 +181,8 @@ def _pushed(x: Tensor, weight: Tensor, like: Tensor, unit: int, memory: PushMemo
             blocks = vector_blocks(x, weight, WORD // x.element_size())
             push_vector_kernel[(weight.shape[0] // blocks["BLOCK_N"],)](
                 x, weight, x.stride(0), weight.stride(0), weight.shape[0],
-                K=x.shape[1], TOKENS=len(x), THREADS=32 * blocks["num_warps"], BLOCK_N=blocks["BLOCK_N"],
-                BLOCK_K=blocks["BLOCK_K"], num_warps=blocks["num_warps"], **how,
+                K=x.shape[1], TOKENS=len(x), BLOCK_N=blocks["BLOCK_N"], BLOCK_K=blocks["BLOCK_K"],
+                num_warps=blocks["num_warps"], **how,
             )  # fmt: skip
         else:
             programs, numbers, constants = matrix_blocks(x, weight)

@@ -14,9 +14,11 @@ Triton's interpreter takes no inline assembly: there, ranks are played one phase
 waits.
 
 Two things to know of inline assembly in Triton. It runs once for each element that a thread holds, and a tile
-smaller than the threads of its program is held several times over: tiles have at least 32 * num_warps
-elements. And the compiler may compute a value again in another layout, even one from assembly with effects,
-but never the results of a loop: hence the loop of one round in `take_sum`.
+smaller than the threads of its program is held several times over, as is any tile that the compiler finds
+better so: tiles have at least 32 * num_warps elements, and single words are stored by one thread. A copy that
+comes late would stay in a slot from which the word was taken. And the compiler may compute a value again in
+another layout, even one from assembly with effects, but never the results of a loop: hence the loop of one
+round in `take_sum`.
 """
 
 from __future__ import annotations
@@ -50,6 +52,17 @@ PUSH_WORD = tl.constexpr("""
     .reg .pred  wanted;
     setp.ne.s32 wanted, $3, 0;
     @wanted st.relaxed.sys.global.b32 [$1], $2;
+    mov.b32     $0, 0;
+}
+""")
+
+PUSH_BY_THREAD = tl.constexpr("""
+{
+    .reg .pred  mine;
+    .reg .u32   thread;
+    mov.u32     thread, %tid.x;
+    setp.eq.u32 mine, thread, $3;
+    @mine st.relaxed.sys.global.b32 [$1], $2;
     mov.b32     $0, 0;
 }
 """)
@@ -178,8 +191,23 @@ def push(at, a, b, c, d, wanted):
 
 
 @triton.jit
-def push_word(at, word, wanted):
-    """Store the word (int32) at the address `at` (int64, a multiple of 4) where `wanted`."""
+def push_one(at, word, thread):
+    """Store one word (int32) at the address `at` (int64, a multiple of 4), by that thread of the program."""
+    if INTERPRETED:
+        tl.store(at.to(tl.pointer_type(tl.int32)), word)
+    else:
+        tl.inline_asm_elementwise(
+            PUSH_BY_THREAD, "=r,l,r,r", [at, word, thread], tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def push_words(at, word, wanted):
+    """Store each word (int32) at the address `at` (int64, a multiple of 4) where `wanted`.
+
+    Whether threads hold copies of words, which would be stored, too, is the compiler's choice: the tests look
+    at what it has made of each use.
+    """
     if INTERPRETED:
         tl.store(at.to(tl.pointer_type(tl.int32)), word, mask=wanted)
     else:
