@@ -285,3 +285,22 @@ def logits_of(folder: Path, codec: str, group_size: int, algorithm: str = "auto"
     assert llm.loaded.tp.reductions.branch == Wire(codec, group_size, algorithm)
     text = [(7 * i * i + 3 * i) % 90 for i in range(50)]
     return torch.tensor(llm.score([text])[0].log_probs)
+
+
+def logits_by_products(folder: Path) -> tuple[Tensor, int, int]:
+    """`logits_of`, as if linear layers pushed their outputs; how many sums they made, and ones with norms."""
+    from ssm_dist.kernels import linear
+    from ssm_dist.parallel import styles
+
+    plain = unittest.mock.Mock(side_effect=lambda x, weight, group: tp_all_reduce(linear(x, weight), group))
+    normed = unittest.mock.Mock(
+        side_effect=lambda x, weight, residual, scale, eps, group: tp_all_reduce_add_rms_norm(
+            linear(x, weight), residual, scale, eps, group
+        )
+    )
+    with (
+        unittest.mock.patch.object(styles, "pushes_product", lambda *_, **__: True),
+        unittest.mock.patch.object(styles, "tp_linear_all_reduce", plain),
+        unittest.mock.patch.object(styles, "tp_linear_all_reduce_add_rms_norm", normed),
+    ):
+        return logits_of(folder, "none", 128), plain.call_count, normed.call_count

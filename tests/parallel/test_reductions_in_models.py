@@ -15,7 +15,7 @@ from ssm_dist.config_reading import load_config
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.collectives import Wire
 from tests.engine.checkpoints import save_checkpoint
-from tests.parallel.reductions_on_ranks import logits_of
+from tests.parallel.reductions_on_ranks import logits_by_products, logits_of
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +41,18 @@ def test_a_quantised_model_stays_near_the_exact_one(name: str, degree: int, fold
         assert all(torch.equal(scores, quantised[0]) for scores in quantised)
         change = (quantised[0] - exact[0]).square().mean().sqrt()
         assert 0 < change < near, (codec, group_size, change)
+
+
+@pytest.mark.parametrize("degree", [2, 4])
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "zamba"])
+def test_linear_layers_that_are_one_with_their_sums_change_nothing(
+    name: str, degree: int, folders: dict[str, Path]
+) -> None:
+    """Norms of more columns and heads that ranks share included, both Zamba's."""
+    exact = run_on_ranks(degree, logits_of, folders[name], "none", 128)[0]
+    for scores, plain, normed in run_on_ranks(degree, logits_by_products, folders[name]):
+        assert torch.equal(scores, exact)
+        assert plain > 0 and normed > 0
 
 
 def test_the_program_runs_quantised_and_says_so(folders: dict[str, Path], tmp_path: Path) -> None:
