@@ -26,10 +26,10 @@ from torch import Tensor
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, push, take_sum, taking, word_of
 
-ALL, SEND, REDUCE, TAKE = -1, 0, 1, 2
-"""Phases of a kernel: all at once; what is sent, added up by owners, and taken. `TAKE` does not look at x: it
-follows a kernel that sends by itself (`triton_push_product`). Tests play several ranks in one process, one
-phase after the other."""
+ALL, TAKE = -1, 2
+"""Phases of a kernel: all at once; or only 0, what is sent, 1, added up by owners, or 2, taken. `TAKE` does
+not look at x: it follows a kernel that sends by itself (`triton_push_product`). Tests play several ranks in
+one process, one phase after the other."""
 
 CODES = {"one_shot": 64, "two_shot": 128}
 """What the error word says of a wait of this file that failed, besides the missing rank."""

@@ -43,15 +43,18 @@ from ssm_dist.kernels.triton_remote import push_one, push_words, word_of
 WORD = 4
 """Bytes."""
 
-MOST_ROWS = 32
+MATRIX_ROWS = 32
 """Of the tensor cores' kernel: of more, a thread would have to hold too many places."""
 
 
 @triton.jit
 def part_of(byte, wanted, rank, uses, slots, slot_bytes, unit_bytes, RANKS: tl.constexpr):
-    """Offsets in any rank's memory of what this rank sends as the bytes `byte` of a message."""
+    """Offsets in any rank's memory of what this rank sends as the bytes `byte` of a message.
+
+    wanted: which of them exist; None for all.
+    """
     unit = byte // unit_bytes
-    use = tl.load(uses + unit, mask=wanted, other=0)
+    use = tl.load(uses + unit, mask=wanted)
     part = ((use & 1) * RANKS + rank) * (slots.to(tl.int64) * slot_bytes)
     return part + unit * slot_bytes + byte % unit_bytes
 
@@ -80,7 +83,7 @@ def push_vector_kernel(
     places = ()
     for t in tl.static_range(TOKENS):
         byte = (t * columns + first) * (DTYPE.primitive_bitwidth // 8)
-        places += (part_of(byte, first < columns, rank, uses, slots, slot_bytes, unit_bytes, RANKS),)
+        places += (part_of(byte, None, rank, uses, slots, slot_bytes, unit_bytes, RANKS),)
     totals = vector_sums(tiles, x, x_row, K, TOKENS, BLOCK_N, BLOCK_K)
     for t in tl.static_range(TOKENS):
         if BLOCK_N == 2:
@@ -130,12 +133,15 @@ def push_matrix_kernel(
 
 def pushes_product(x: Tensor, weight: Tensor, memory: PushMemory, with_norm: bool) -> bool:
     """Whether `product_sum`, or `product_sum_add_rms_norm`, serves x (T, K) and weight (N, K)."""
-    kernel, columns, numbers = served_by(x, weight), weight.shape[0], WORD // x.element_size()
-    if kernel is None or columns % numbers or (kernel == "matrix" and len(x) > MOST_ROWS):
+    kernel, columns, size = served_by(x, weight), weight.shape[0], x.element_size()
+    if kernel is None or size not in (2, 4):
+        return False
+    numbers = WORD // size
+    if columns % numbers or (kernel == "matrix" and len(x) > MATRIX_ROWS):
         return False
     if kernel == "vector" and not (in_registers(x, weight, numbers) and len(x) * memory.ranks <= 32):
         return False
-    return push_fits(len(x), columns * x.element_size(), memory, with_norm)
+    return push_fits(len(x), columns * size, memory, with_norm)
 
 
 def product_sum(x: Tensor, weight: Tensor, memory: PushMemory, phase: int = ALL) -> Tensor:

@@ -45,7 +45,7 @@ PRODUCTS = [
     (4, 512, 512, F32), (8, 2560, 2560, BF16), (8, 192, 2560, BF16), (8, 2560, 1280, F16),
     (20, 192, 2560, F16), (32, 2560, 2560, BF16), (40, 288, 4096, BF16), (64, 192, 2560, BF16),
 ]  # fmt: skip
-"""Rows, outputs and inputs: of one kernel for few rows, then of two for more."""
+"""Rows, outputs, inputs and dtype: of one kernel for few rows, then of two for more."""
 
 
 def exact_cases(way: str, dtype: torch.dtype) -> list[Case]:

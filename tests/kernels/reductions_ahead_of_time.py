@@ -54,10 +54,10 @@ def push_vector(dtype: torch.dtype, rows: int, width: int, ranks: int) -> tuple[
 
 
 def push_matrix(
-    dtype: torch.dtype, rows: int, blocks: dict[str, int], ranks: int
+    dtype: torch.dtype, rows: int, blocks: dict[str, int], ranks: int, shared: bool, whole: bool
 ) -> tuple[CompiledKernel, int]:
     """The one for more rows, and the words that a thread pushes. blocks: of the tuning table."""
-    given = {"parts": "*fp32", "counters": "*i32", "SHARED": True, "WHOLE": True, "BLOCK_T": rows}
+    given = {"parts": "*fp32", "counters": "*i32", "SHARED": shared, "WHOLE": whole, "BLOCK_T": rows}
     words = rows * blocks["BLOCK_N"] // 2 // (32 * blocks["num_warps"]) * ranks
     given |= {"WARPS": blocks["num_warps"], **blocks, **pushed(dtype, ranks)}
     return compiled(push_matrix_kernel, given, 90), words
@@ -96,8 +96,9 @@ def push_products() -> dict[str, tuple[CompiledKernel, int]]:
     }
     for rows, *items in sorted(tiles):
         blocks = {name: n for name, n in items if name not in ("BLOCK_T", "PROGRAMS")}
-        for dtype, ranks in (bf16, 2), (f16, 4):
-            found[f"matrix {dtype} {rows} {blocks}, {ranks}"] = push_matrix(dtype, rows, blocks, ranks)
+        for dtype, ranks, *how in (bf16, 2, True, True), (f16, 4, False, True), (bf16, 2, False, False):
+            name = f"matrix {dtype} {rows} {blocks}, {ranks} {how}"
+            found[name] = push_matrix(dtype, rows, blocks, ranks, *how)
     for dtype, warps, ranks in (bf16, 4, 2), (f16, 8, 4):
         found[f"held {dtype} {warps}, {ranks}"] = push_held(dtype, warps, ranks)
     return found

@@ -152,3 +152,4 @@ def test_what_cannot_push_is_known(rows: int, columns: int, width: int, with_nor
     assert not pushes_product(x, weight, memory, with_norm)
     assert pushes_product(x[:1, :64], weight[:8, :64].contiguous(), memory, with_norm)
     assert not pushes_product(x[:1, :64], weight[:8, :64].float(), memory, with_norm)
+    assert not pushes_product(x[:1, :64].double(), weight[:8, :64].double(), memory, with_norm)
