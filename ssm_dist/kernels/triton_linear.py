@@ -123,20 +123,16 @@ def _by_vector(x: Tensor, weight: Tensor) -> bool:
 
 def served_by(x: Tensor, weight: Tensor) -> Literal["vector", "held", "matrix"] | None:
     """Which kernel is to serve `linear`, unless one that would hold the weight cannot; None: torch's own."""
-    if not _serves(x, weight):
+    if x.dim() != 2 or x.dtype != weight.dtype or x.stride(1) != 1 or not 0 < x.shape[0] <= MOST_ROWS:
+        return None
+    if not weight.is_contiguous():
         return None
     if _held_form(x, weight) is not None:
         return "held"
-    return "vector" if _by_vector(x, weight) else "matrix"
-
-
-def _serves(x: Tensor, weight: Tensor) -> bool:
-    if x.dim() != 2 or x.dtype != weight.dtype or x.stride(1) != 1 or not 0 < x.shape[0] <= MOST_ROWS:
-        return False
+    if _by_vector(x, weight):
+        return "vector"
     by_tensor_cores = x.element_size() <= 2 and bool(_matrix_configuration(x, weight))
-    return weight.is_contiguous() and (
-        by_tensor_cores or _by_vector(x, weight) or _held_form(x, weight) is not None
-    )
+    return "matrix" if by_tensor_cores else None
 
 
 def held_kernel(x: Tensor, weight: Tensor) -> Callable[..., None] | None:
@@ -150,12 +146,13 @@ def held_kernel(x: Tensor, weight: Tensor) -> Callable[..., None] | None:
 
 @operator("linear", fake=empty_outputs)
 def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    assert _serves(x, weight)
-    held, y = held_kernel(x, weight), empty_outputs(x, weight)
+    kernel, y = served_by(x, weight), empty_outputs(x, weight)
+    assert kernel is not None
+    held = held_kernel(x, weight) if kernel == "held" else None
     with torch.cuda.device_of(x):
         if held is not None:
             held(bias, y)
-        elif _by_vector(x, weight):
+        elif kernel == "vector":
             _vector(x, weight, bias, y)
         elif _matrix_configuration(x, weight):
             _matrix(x, weight, bias, y)
@@ -167,7 +164,7 @@ def _few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @backend.register("linear", "triton")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`ssm_dist.kernels.linear`: by these kernels where they serve, otherwise as torch does it."""
-    return _few_rows(x, weight, bias) if _serves(x, weight) else F.linear(x, weight, bias)
+    return F.linear(x, weight, bias) if served_by(x, weight) is None else _few_rows(x, weight, bias)
 
 
 def _by_head(x: Tensor, weight: Tensor, heads: int) -> Tensor:
@@ -186,6 +183,6 @@ def _few_rows_by_head(x: Tensor, weight: Tensor, heads: int) -> Tensor:
 def project_heads(x: Tensor, weight: Tensor, heads: int) -> Tensor:
     """`ssm_dist.kernels.linear.project_heads`: few rows of several heads in one launch."""
     by_output = weight.T
-    if heads > 1 and _serves(x, by_output) and _by_vector(x, by_output):
+    if heads > 1 and served_by(x, by_output) == "vector":
         return _few_rows_by_head(x, by_output, heads)
     return project_heads_reference(x, weight, heads)

@@ -105,17 +105,25 @@ def vector_kernel(
 
 
 @triton.jit
-def matrix_weights(
-    weight, columns, width, first, begin, PDL: tl.constexpr, WHOLE: tl.constexpr, BLOCK_N: tl.constexpr,
-    AHEAD: tl.constexpr,
+def matrix_tile(
+    weight, columns, width, span, shares, across, PDL: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to BLOCK_N rows of the weight from `first` on, which are prefetched from column `begin` on."""
-    n = first + tl.arange(0, BLOCK_N)
+    """What a program works on: its tile, its share of that and the column where this begins, rows, columns.
+
+    Programs are numbered by block of rows, block of columns (`across` of them) and share. Last, pointers to
+    the tile's BLOCK_N rows of the weight, of which some is prefetched.
+    """
+    tile = tl.program_id(0) // shares
+    share = tl.program_id(0) % shares
+    begin = share * span
+    n = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
     row = weight + tl.minimum(n, columns - 1).to(tl.int64) * width
     if AHEAD > 0 and WHOLE:
         BYTES: tl.constexpr = weight.dtype.element_ty.primitive_bitwidth // 8
         prefetch(row + begin, tl.minimum(AHEAD, width - begin) * BYTES, PDL)
-    return row
+    return tile, share, begin, t, n, row
 
 
 @triton.jit
@@ -124,7 +132,7 @@ def matrix_sums(
     SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """The rows t of x times the rows n of the weight (`matrix_weights`): (BLOCK_T, BLOCK_N) float32.
+    """The rows t of x times the rows n of the weight (`matrix_tile`): (BLOCK_T, BLOCK_N) float32.
 
     Summed over a span of the width from `begin` on; with SHARED, the last of the programs that share a sum
     has it. Returns it, and whether this program has.
@@ -168,17 +176,11 @@ def matrix_kernel(
     SHARED: tl.constexpr, WHOLE: tl.constexpr, HAS_BIAS: tl.constexpr, PDL: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width.
-
-    `across`: blocks of the columns. Programs are numbered by block of rows, block of columns and share.
-    """
+    """One program: BLOCK_N numbers of BLOCK_T rows, summed over one of `shares` spans of the width."""
     start_next(PDL)
-    tile = tl.program_id(0) // shares
-    share = tl.program_id(0) % shares
-    begin, first = share * span, tile % across * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = matrix_weights(weight, columns, width, first, begin, PDL, WHOLE, BLOCK_N, AHEAD)
+    tile, share, begin, t, n, row = matrix_tile(
+        weight, columns, width, span, shares, across, PDL, WHOLE, BLOCK_T, BLOCK_N, AHEAD
+    )
     wait_for_inputs(PDL)
 
     sums, last = matrix_sums(

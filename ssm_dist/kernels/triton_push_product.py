@@ -25,7 +25,7 @@ from ssm_dist.kernels.triton_linear import (
 )
 from ssm_dist.kernels.triton_linear_kernels import (
     matrix_sums,
-    matrix_weights,
+    matrix_tile,
     vector_sums,
     weight_tiles,
 )
@@ -99,21 +99,18 @@ def push_vector_kernel(
 def push_matrix_kernel(
     x, weight, parts, counters, x_row, tokens, columns, width, span, shares, across,
     rank, peers, uses, slots, slot_bytes, unit_bytes,
-    SHARED: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, RANKS: tl.constexpr, WARPS: tl.constexpr,
+    SHARED: tl.constexpr, WHOLE: tl.constexpr, PDL: tl.constexpr, RANKS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, AHEAD: tl.constexpr,
 ):  # fmt: skip
     """One program: as `matrix_kernel`'s, its numbers to all RANKS."""
     DTYPE: tl.constexpr = x.dtype.element_ty
-    tile = tl.program_id(0) // shares
-    share = tl.program_id(0) % shares
-    begin, first = share * span, tile % across * BLOCK_N
-    n = first + tl.arange(0, BLOCK_N)
-    t = tile // across * BLOCK_T + tl.arange(0, BLOCK_T)
-    row = matrix_weights(weight, columns, width, first, begin, PDL, WHOLE, BLOCK_N, AHEAD)
+    tile, share, begin, t, n, row = matrix_tile(
+        weight, columns, width, span, shares, across, PDL, WHOLE, BLOCK_T, BLOCK_N, AHEAD
+    )
     wait_for_inputs(PDL)
     start_next(PDL)  # as above
 
-    even = first + 2 * tl.arange(0, BLOCK_N // 2)[None, :]
+    even = tile % across * BLOCK_N + 2 * tl.arange(0, BLOCK_N // 2)[None, :]
     wanted = (t < tokens)[:, None] & (even < columns)
     part = part_of(
         (t[:, None] * columns + even) * 2, wanted, rank, uses, slots, slot_bytes, unit_bytes, RANKS
@@ -122,8 +119,6 @@ def push_matrix_kernel(
         row, x, x, parts, counters + tile, x_row, t, n, tokens, columns, width, begin, span, share, shares,
         SHARED, WHOLE, False, BLOCK_T, BLOCK_N, BLOCK_K,
     )  # fmt: skip
-    # A tile of fewer words than threads would be held, and sent, several times over: see triton_remote.
-    tl.static_assert(BLOCK_T * BLOCK_N >= 64 * WARPS)
     if last:
         low, high = tl.split(tl.reshape(sums, (BLOCK_T, BLOCK_N // 2, 2)))
         words = word_of(low, high, DTYPE)
@@ -192,7 +187,7 @@ def _pushed(x: Tensor, weight: Tensor, like: Tensor, unit: int, memory: PushMemo
             )  # fmt: skip
         else:
             programs, numbers, constants = matrix_blocks(x, weight)
-            push_matrix_kernel[(programs,)](
-                x, weight, **numbers, **constants, WARPS=constants["num_warps"], **how
-            )
+            words, threads = constants["BLOCK_T"] * constants["BLOCK_N"] // 2, 32 * constants["num_warps"]
+            assert words >= threads, "words would be held, and sent, several times over: see triton_remote"
+            push_matrix_kernel[(programs,)](x, weight, **numbers, **constants, **how)
     return True

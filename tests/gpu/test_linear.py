@@ -35,7 +35,7 @@ def bounded(y: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     products = wide[0] @ wide[1].T
     exact = products + added
     rounded = exact.abs()
-    if bias is not None and not triton_linear._serves(x, weight):
+    if bias is not None and triton_linear.served_by(x, weight) is None:
         rounded = rounded + products.abs()
     size = wide[0].abs() @ wide[1].abs().T + added.abs()
     bound = (x.shape[1] + 2) * 2.0**-24 * size + torch.finfo(y.dtype).eps / 2 * rounded * (1 + 2**-7)

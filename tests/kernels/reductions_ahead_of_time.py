@@ -59,7 +59,7 @@ def push_matrix(
     """The one for more rows, and the words that a thread pushes. blocks: of the tuning table."""
     given = {"parts": "*fp32", "counters": "*i32", "SHARED": shared, "WHOLE": whole, "BLOCK_T": rows}
     words = rows * blocks["BLOCK_N"] // 2 // (32 * blocks["num_warps"]) * ranks
-    given |= {"WARPS": blocks["num_warps"], **blocks, **pushed(dtype, ranks)}
+    given |= {**blocks, **pushed(dtype, ranks)}
     return compiled(push_matrix_kernel, given, 90), words
 
 

@@ -64,7 +64,7 @@ def test_which_units_multiply_on_hopper(
 ) -> None:
     monkeypatch.setattr(tuning, "architecture", lambda device: 90)
     x, weight = torch.empty(tokens, shape[1], device="meta").bfloat16(), torch.empty(shape, device="meta")
-    assert triton_linear._serves(x, weight.bfloat16())
+    assert triton_linear.served_by(x, weight.bfloat16()) is not None
     assert triton_linear._by_vector(x, weight.bfloat16()) == vector
 
 
@@ -78,7 +78,7 @@ def test_who_multiplies_33_to_64_rows_on_hopper(
 ) -> None:
     monkeypatch.setattr(tuning, "architecture", lambda device: 90)
     x, weight = torch.empty(rows, shape[1], device="meta"), torch.empty(shape, device="meta")
-    assert triton_linear._serves(x.bfloat16(), weight.bfloat16()) == ours
+    assert (triton_linear.served_by(x.bfloat16(), weight.bfloat16()) is not None) == ours
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -169,7 +169,7 @@ def test_another_kernel_serves_where_the_weight_cannot_be_held(matrix: tuning.Co
     x, weight, bias = torch.randn(6, 64).bfloat16(), torch.randn(9, 64).bfloat16(), torch.randn(9).bfloat16()
     held: tuning.Configuration = {"PROGRAMS": 4, "num_warps": 4}
     with tuning.forced("linear_16_held", held), tuning.forced(triton_linear.matrix_op(6, weight), matrix):
-        assert triton_linear._serves(x, weight)
+        assert triton_linear.served_by(x, weight) == "held"
         check(x, weight, bias)
         compiled = torch.compile(triton_linear.linear, fullgraph=True, dynamic=True, backend="eager")
         assert torch.equal(compiled(x, weight, bias), kernels.linear(x, weight, bias))

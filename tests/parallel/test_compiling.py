@@ -2,9 +2,12 @@
 
 from unittest import mock
 
+import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.runtime.jit import JITFunction
 
+from ssm_dist.parallel.collectives import tp_linear_all_reduce, tp_linear_all_reduce_add_rms_norm
 from ssm_dist.parallel.collectives.compiling import compile_only, group_without_others
 from ssm_dist.parallel.collectives.groups import group_named
 
@@ -24,3 +27,14 @@ def test_a_group_without_others_serves_what_a_shared_one_would() -> None:
     x = torch.empty(100, 256, dtype=torch.bfloat16)
     assert group.memory.fits("two_shot", x, "none", 128, with_norm=True)
     assert group.memory.fits_in_one_block(x, "int8", 128)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_that_are_summed_look_alike_while_compiling(dtype: torch.dtype) -> None:
+    with FakeTensorMode():
+        x, weight, scale = (torch.empty(*shape, dtype=dtype) for shape in ((2, 8), (16, 8), (16,)))
+        total = tp_linear_all_reduce(x, weight, "any")
+        normed, stream = tp_linear_all_reduce_add_rms_norm(x, weight, None, scale, 1e-5, "any")
+    assert normed is not stream, "results of operators are tensors of their own"
+    assert total.shape == normed.shape == stream.shape == (2, 16)
+    assert (total.dtype, normed.dtype, stream.dtype) == (dtype, dtype, torch.float32)

@@ -47,7 +47,7 @@ def tp_all_reduce(
     return _reduced(rows, ranks, codec, group_size, algorithm, "all-reduce").view(x.shape)
 
 
-def _like_normed(
+def like_normed(
     partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str,
     codec: str = "none", group_size: int = 128, algorithm: str = "auto",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -55,7 +55,7 @@ def _like_normed(
     return partial.new_empty(partial.shape, dtype=weight.dtype), partial.new_empty(partial.shape, dtype=wide)
 
 
-@operator("tp_all_reduce_add_rms_norm", fake=_like_normed)
+@operator("tp_all_reduce_add_rms_norm", fake=like_normed)
 def tp_all_reduce_add_rms_norm(
     partial: Tensor, residual: Tensor | None, weight: Tensor, eps: float, group: str,
     codec: str = "none", group_size: int = 128, algorithm: str = "auto",

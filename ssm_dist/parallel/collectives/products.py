@@ -15,6 +15,7 @@ from ssm_dist.kernels import backend
 from ssm_dist.kernels.linear import empty_outputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.parallel.collectives.groups import group_named, is_registered
+from ssm_dist.parallel.collectives.ops import like_normed
 from ssm_dist.parallel.collectives.selection import Wire, choose
 
 if TYPE_CHECKING:
@@ -51,8 +52,7 @@ def tp_linear_all_reduce(x: Tensor, weight: Tensor, group: str) -> Tensor:
 def _like_normed(
     x: Tensor, weight: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, group: str
 ) -> tuple[Tensor, Tensor]:
-    outputs = empty_outputs(x, weight)
-    return outputs.to(norm_weight.dtype), outputs.float()
+    return like_normed(empty_outputs(x, weight), residual, norm_weight, eps, group)
 
 
 @operator("tp_linear_all_reduce_add_rms_norm", fake=_like_normed)
