@@ -17,6 +17,7 @@ from ssm_dist.checkpoint.load import load_parameters, resolve_dtype
 from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import Config, ReductionConfig
 from ssm_dist.errors import UserError
+from ssm_dist.fused_layers import fuse_layers
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import CodecName
 from ssm_dist.memory import estimate, require_memory
@@ -95,6 +96,7 @@ def load_model(config: Config) -> LoadedModel:
     _load(model, source, ranks)
     localise(model)
     arrange_weights(model)
+    fuse_layers(model, tp, config.kernels, kernels, ranks.device)
     checkpoint = source.checkpoint
     tokenizer = None if checkpoint is None else Tokenizer.from_folder(checkpoint.folder)
     return LoadedModel(

@@ -49,6 +49,9 @@ class KernelsConfig(Section):
     backend: Literal["auto", "reference", "triton", "mamba_ssm"] = "auto"
     """Implementation of the ops; auto takes the fastest that works on this device."""
 
+    fuse_layers: bool = True
+    """Decode steps of one sequence run all layers in one kernel, where GPU, model and sums allow that."""
+
 
 class ReductionConfig(Section):
     codec: Literal["none", "int8", "fp8", "int4"] = "none"

@@ -7,6 +7,7 @@ A group travels as a string, since an op takes no process group; `register_group
     selection     the choice of the algorithm, from static sizes and a table
     exchange      quantised two-shot over the process group (NCCL, gloo): all-to-all, sum, all-gather
     shared        memory that the GPUs of a group share, and the kernels that sum over it
+    words         memory for what a kernel of many layers sends
     gather        gathers, maxima, broadcasts
     groups        groups by name
     tables        which algorithm is the fastest, as data

@@ -26,7 +26,7 @@ GRACE = 3.0
 BUSY = 0.05
 """Seconds that a host looks for the end of a step without pause."""
 
-ALGORITHMS = {1: "one_shot", 2: "two_shot", 3: "bulk"}
+ALGORITHMS = {1: "one_shot", 2: "two_shot", 3: "bulk", 4: "decode_layers"}
 """By the error word of shared memory, divided by 64; the rest of it is the missing rank."""
 
 

@@ -187,7 +187,7 @@ def _open(
     """The memory; or None and why not, on all ranks alike."""
     at_push, size = bulk_bytes(group.size, capacity), push_bytes(group.size, slots, slot_bytes)
     handle, problem = _rendezvous(group, at_push, size, device)
-    problems = [p for p in _everybodys(group, problem) if p is not None]  # nobody sends before all are ready
+    problems = [p for p in everybodys(group, problem) if p is not None]  # nobody sends before all are ready
     if problems:
         return None, f"memory cannot be shared ({problems[0]})"
     return _memory_at(list(handle[0].buffer_ptrs), group, slots, slot_bytes, capacity, device, handle), None
@@ -234,7 +234,7 @@ def _nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)
 
 
-def _everybodys(group: Group, mine: Any) -> list[Any]:
+def everybodys(group: Group, mine: Any) -> list[Any]:
     """What every rank gives."""
     everybody: list[Any] = [None] * group.size
     dist.all_gather_object(everybody, mine, group=group.handle)
@@ -243,13 +243,13 @@ def _everybodys(group: Group, mine: Any) -> list[Any]:
 
 def _reason_against(group: Group, device: torch.device) -> str | None:
     """Why the ranks cannot share memory, the same on all of them; None where they can."""
-    everybody = _everybodys(group, (socket.gethostname(), device.index))
+    everybody = everybodys(group, (socket.gethostname(), device.index))
     if len({host for host, _ in everybody}) > 1:
         return "the ranks are on several hosts"
     visible = torch.cuda.device_count()
     others = {index for _, index in everybody if index != device.index and index < visible}
     blind = [index for index in sorted(others) if not torch.cuda.can_device_access_peer(device, index)]
-    found = _everybodys(group, blind)
+    found = everybodys(group, blind)
     pairs = [f"{own} to {other}" for (_, own), seen in zip(everybody, found, strict=True) for other in seen]
     return f"GPUs have no access to each other's memory ({', '.join(pairs)})" if pairs else None
 

@@ -1,0 +1,214 @@
+"""The layers of a Mamba model as one operator, for decode steps of one sequence on a Hopper GPU.
+
+`gluon_layers` has the kernel. Here: which models it serves, the table of their parameters, and the memory in
+which its programs hand vectors to each other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_dist.kernels.operators import operator
+
+ARENA_BYTES = 222 * 1024
+"""Shared memory of a program, but for what the compiler needs."""
+
+IN_FLIGHT = {False: 60_000, True: 40_000}
+"""Bytes that a multiprocessor asks for ahead, alone and with other ranks (H200)."""
+
+UNBOUNDED = 2**62
+"""Nanoseconds: a rank alone waits for nobody who could be gone."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """The parameters of one layer that a rank holds: D channels of d_inner, H = d_model, R = dt_rank."""
+
+    norm: Tensor
+    """(H,) bfloat16."""
+    in_proj: Tensor
+    """(2, D, H) bfloat16: x, then z."""
+    taps: Tensor
+    """(D, 4) bfloat16."""
+    conv_bias: Tensor
+    """(D,) bfloat16."""
+    x_proj: Tensor
+    """(R + 2 N, D) bfloat16: dt, B, C."""
+    dt_proj: Tensor
+    """(D, R) bfloat16."""
+    dt_bias: Tensor
+    """(D,) float32."""
+    A_log: Tensor
+    """(D, N) float32."""
+    skip: Tensor
+    """(D,) float32; D of the Mamba paper."""
+    out_proj: Tensor
+    """(H, D) bfloat16."""
+
+    def all(self) -> list[Tensor]:
+        """In the order of the kernel's table."""
+        return [getattr(self, field.name) for field in fields(self)]
+
+
+@dataclass(frozen=True, eq=False)
+class RankWords:
+    """Memory of all ranks for the vectors that they send each other."""
+
+    rank: int
+    addresses: tuple[int, ...]
+    """Of each rank's `words_of_ranks` words, which begin as zeros."""
+    error: Tensor
+    """What `triton_remote.error_words` made."""
+    limit: int
+    """Nanoseconds that a wait may take."""
+    keep: Any = None
+    """What keeps the memory alive."""
+
+
+def reason_against(layer: LayerWeights, device: torch.device) -> str | None:
+    """Why the kernel cannot serve a model of such layers on a device; None where it can."""
+    if device.type != "cuda" or _kernel_module(device) is None:
+        return "that kernel is for Hopper GPUs and Triton 3.6 to 3.9"
+    (d_model, channels), (rank, states) = layer.out_proj.shape, (layer.dt_proj.shape[1], layer.A_log.shape[1])
+    half = {name: getattr(layer, name) for name in ("norm", "in_proj", "taps", "conv_bias", "x_proj",
+                                                    "dt_proj", "out_proj")}  # fmt: skip
+    if any(t.dtype != torch.bfloat16 for t in half.values()):
+        return "its weights are not all bfloat16"
+    if any(t.dtype != torch.float32 for t in (layer.dt_bias, layer.A_log, layer.skip)):
+        return "A, D and the bias of dt are not float32"
+    if any(not t.is_contiguous() or t.data_ptr() % 16 for t in layer.all()):
+        return "its weights are not contiguous in memory"
+    if layer.taps.shape[1] != 4 or states != 16:
+        return "its convolution is not 4 wide or its states are not 16 a channel"
+    if d_model % 256 or channels % 256 or rank % 8 or rank > 256:
+        return "its sizes are no multiples of 256, or dt_rank none of 8 up to 256"
+    if -(-channels // programs_of(d_model, device)) > 64:
+        return "there are too many channels for this GPU"
+    return None
+
+
+def programs_of(d_model: int, device: torch.device) -> int:
+    """As many as there are multiprocessors at most; each has outputs of out_proj."""
+    each = math.ceil(d_model / torch.cuda.get_device_properties(device).multi_processor_count)
+    return math.ceil(d_model / each)
+
+
+def words_of_ranks(ranks: int, d_model: int) -> int:
+    """Words, of 4 bytes, that a rank's memory has for what all ranks send it."""
+    return 2 * ranks * (1024 + _padded(d_model))
+
+
+class LayerStack:
+    """A model's layers on one rank, and all that their kernel needs besides states."""
+
+    def __init__(
+        self, layers: Sequence[LayerWeights], final_norm: Tensor, eps: float, rms_eps: float | None,
+        ranks: RankWords | None = None,
+    ) -> None:  # fmt: skip
+        """final_norm: (H,) bfloat16; rms_eps: as in `projected_state_update`; ranks: None for one alone.
+
+        The weights have to stay where they are. For layers that `reason_against` finds nothing against.
+        """
+        first, device = layers[0], final_norm.device
+        self.name = f"layers {next(_numbers)}"
+        self.layers, self._final_norm = list(layers), final_norm
+        self._eps, self._rms_eps = eps, rms_eps
+        d_model, channels = first.out_proj.shape
+        self._programs = programs_of(d_model, device)
+        self._words = torch.zeros(4 * _padded(channels), dtype=torch.int32, device=device)
+        self._ranks = _alone(words_of_ranks(1, d_model), device) if ranks is None else ranks
+        self._counters = torch.ones(self._programs, dtype=torch.int32, device=device)
+        """Steps so far and one: a tag of 0 would be that of words without any."""
+        self._anchor = first.in_proj.view(torch.int32)
+        places = [[self._distance(t) for t in layer.all()] for layer in layers]
+        places.append([self._distance(final_norm)])
+        rows = [row + [0] * (16 - len(row)) for row in places]
+        self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+        self._constants = self._sizes(first, len(layers))
+        _stacks[self.name] = self
+
+    def step(self, hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> Tensor:
+        """From an embedding (1, H) bfloat16 to what the final norm makes of the last layer's stream.
+
+        slots: (1,) int32; conv: of each layer, (slots, 3, D) bfloat16; ssm: (slots, D, N) float32 or bfloat16,
+        each layer's as far from those of the one before. Both are updated in place. All ranks call it alike.
+        """
+        result: Tensor = decode_layers(hidden, slots, conv, ssm, self.name)
+        return result
+
+    def launch(self, hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> Tensor:
+        """`step`, not as an operator."""
+        gluon_layers = _kernel_module(hidden.device)
+        assert gluon_layers is not None and hidden.shape[0] == 1 and hidden.is_contiguous()
+        assert conv[0].dtype == torch.bfloat16 and conv[0].is_contiguous() and ssm[0].is_contiguous()
+        y, ranks = torch.empty_like(hidden), self._ranks
+        with torch.cuda.device_of(hidden):
+            gluon_layers.layers_kernel[(self._programs,)](
+                self._anchor, self._table, hidden, slots, self._counters, y, conv[0], ssm[0],
+                self._words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
+                ranks.error.data_ptr(), ranks.limit, self._eps, self._rms_eps or 0.0,
+                _apart(conv), conv[0].stride(0), conv[0].stride(1), _apart(ssm), ssm[0].stride(0),
+                RMS=self._rms_eps is not None, **self._constants,
+                num_warps=8, enable_fp_fusion=True, launch_cooperative_grid=True,
+            )  # fmt: skip
+        return y
+
+    def _distance(self, parameter: Tensor) -> int:
+        return (parameter.data_ptr() - self._anchor.data_ptr()) // 4
+
+    def _sizes(self, layer: LayerWeights, layers: int) -> dict[str, int]:
+        """The kernel's constants."""
+        (d_model, channels), ranks = layer.out_proj.shape, len(self._ranks.addresses)
+        chunks = max(c for c in range(1, 6) if d_model // 256 % c == 0 and channels // 256 % c == 0)
+        piece = 8 * (chunks * 512 + 64) + 16
+        others = 2 * max(_padded(d_model), _padded(channels)) + 8192
+        turns = math.ceil(math.ceil(channels / self._programs) / 8)
+        return {
+            "LAYERS": layers, "P": self._programs, "H": d_model, "D": channels, "R": layer.dt_proj.shape[1],
+            "N": layer.A_log.shape[1], "RANKS": ranks, "CHUNKS": chunks,
+            "SLOTS": (ARENA_BYTES - others) // piece, "BEFORE_X": min(2, turns - 1),
+            "AHEAD": max(2, round(IN_FLIGHT[ranks > 1] / piece)),
+        }  # fmt: skip
+
+
+def _kernel_module(device: torch.device) -> ModuleType | None:
+    from ssm_dist.kernels.gluon_support import gluon_module  # a CPU needs no Triton
+
+    return gluon_module("gluon_layers", device)
+
+
+def _padded(width: int) -> int:
+    return -(-width // 2048) * 2048
+
+
+def _apart(states: list[Tensor]) -> int:
+    """Numbers from the start of each layer's states to that of the next one's, on all of which it agrees."""
+    size = states[0].element_size()
+    apart = {(after.data_ptr() - before.data_ptr()) // size for before, after in itertools.pairwise(states)}
+    assert len(apart) <= 1, "the states of the layers are not evenly apart in memory"
+    return apart.pop() if apart else 0
+
+
+def _alone(words: int, device: torch.device) -> RankWords:
+    memory = torch.zeros(words, dtype=torch.int32, device=device)
+    error = torch.zeros(4, dtype=torch.int32, device=device)
+    return RankWords(0, (memory.data_ptr(),), error, UNBOUNDED, memory)
+
+
+@operator("decode_layers", mutates=("conv", "ssm"))
+def decode_layers(hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor], stack: str) -> Tensor:
+    """`LayerStack.step` of the stack of that name."""
+    return _stacks[stack].launch(hidden, slots, conv, ssm)
+
+
+_numbers = itertools.count()
+_stacks: weakref.WeakValueDictionary[str, LayerStack] = weakref.WeakValueDictionary()

@@ -1,0 +1,248 @@
+"""Weights streamed through a ring in shared memory by a warp of their own, and their products (Gluon, sm_90).
+
+A piece is eight rows, or a part of their width. The fetching warp asks for the pieces of all layers in the
+order of their use, by bulk copies, a row a lane, as soon as there is room; so memory stays busy while the
+other warps wait for each other. It never has more than AHEAD pieces in flight: with more, the words of
+`gluon_words` would stand behind megabytes of weights (a step of mamba-2.8b: 1.42 ms with 60 KB in flight a
+multiprocessor, 1.58 ms with 200 KB).
+
+A product is that of m16n8k16: eight rows of the weight at the right, x as each of 16 rows at the left. Each
+warp has its share of the width; since a sum over k may go in any order, the eight neighbours that a lane loads
+at a time count as the k that are its own.
+
+Gluon has no bulk copies without tensor descriptors, of which there would have to be two a layer, and puts
+barriers of all warps between whatever it knows to touch the same memory. So the ring is shared memory by
+address, which `address_of` finds, and all that touches it is assembly.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from ssm_dist.kernels.gluon_words import LINE, THREADS
+
+WARPS = gl.constexpr(8)
+"""Warps that multiply; so many rows a piece."""
+MARK = gl.constexpr(0x5EED1234)
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
+
+
+@gluon.jit
+def address_of(arena):
+    """Where `arena`, (n, 1024) int32, lies in shared memory: found by what is stored there."""
+    thread = gl.arange(0, THREADS, LINE)
+    arena.index(0).store(gl.arange(0, 1024, LINE) + MARK)
+    barrier()
+    start = gl.inline_asm_elementwise(
+        "mov.u32 $0, global_smem;", "=r,r", [thread], gl.int32, is_pure=False, pack=1
+    )
+    found = gl.zeros_like(thread)
+    for k in range(227 * 1024 // 16 // THREADS + 1):
+        at = start + (k * THREADS + thread) * 16
+        first, second = gl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 end; mov.u32 end, %total_smem_size; mov.b32 $0, 0; mov.b32 $1, 0; "
+            "add.u32 end, end, -16; setp.le.u32 p, $2, end; @p ld.shared.v2.b32 {$0, $1}, [$2]; }",
+            "=&r,=&r,r", [at], (gl.int32, gl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        found = gl.where((first == MARK) & (second == MARK + 1), at, found)
+    result = gl.max(found, 0)
+    barrier()
+    return result
+
+
+@gluon.jit
+def open_barriers(at, COUNT: gl.constexpr):
+    """COUNT barriers of WARPS arrivals each, from the address `at` on; then a barrier of all threads."""
+    thread = gl.arange(0, THREADS, LINE)
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p mbarrier.init.shared::cta.b64 [$1], $3; "
+        "fence.mbarrier_init.release.cluster; fence.proxy.async; mov.b32 $0, 0; }",
+        "=r,r,r,r", [at + thread * 8, (thread < COUNT).to(gl.int32), WARPS], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    barrier()
+
+
+@gluon.jit
+def wait_for(at, phase, like):
+    """Until the barrier at an address has ended a phase (0 or 1); `like`: a tensor of the caller's warps."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [$1], $2; @!p bra again; "
+        "mov.b32 $0, 0; }",
+        "=r,r,r", [at + like * 0, phase], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _release(at, like):
+    """The warp has read a piece."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; .reg .u32 lane; bar.warp.sync 0xffffffff; mov.u32 lane, %laneid; "
+        "setp.eq.u32 p, lane, 0; @p mbarrier.arrive.shared::cta.b64 _, [$1]; mov.b32 $0, 0; }",
+        "=r,r", [at + like * 0], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _fetching(size, lanes):
+    """Each of the first lanes asks for its row where there is one, and arrives in any case."""
+    return f"""
+{{
+    .reg .pred p, q;
+    .reg .u32 lane;
+    mov.u32 lane, %laneid;
+    setp.lt.u32 q, lane, {lanes};
+    setp.ne.and.s32 p, $4, 0, q;
+    setp.eq.and.s32 q, $4, 0, q;
+    @q mbarrier.arrive.shared::cta.b64 _, [$3];
+    @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], {size};
+    @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$2], {size}, [$3];
+    mov.b32 $0, 0;
+}}"""
+
+
+@gluon.jit
+def fetch(ring, slot, source, exists, CHUNKS: gl.constexpr):
+    """Ask for a piece: source, (32,) int64, addresses of the rows' parts of CHUNKS x 512 bytes each.
+
+    ring: addresses of the pieces, of the barriers of their arrival, and of those of their release.
+    """
+    row = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    to = ring[0] + (slot * WARPS + row) * (CHUNKS * 512 + 64)  # rows 64 bytes apart in the banks
+    gl.inline_asm_elementwise(
+        _fetching(CHUNKS * 512, WARPS), "=r,r,l,r,r", [to, source, ring[1] + slot * 8, exists.to(gl.int32)],
+        gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load4(at):
+    """Four words from a multiple of 16 in shared memory."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v4.b32 {$0, $1, $2, $3}, [$4];", "=r,=r,=r,=r,r", [at],
+        (gl.int32, gl.int32, gl.int32, gl.int32), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load2(at):
+    """Two float32 numbers from a multiple of 8 in shared memory."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.v2.f32 {$0, $1}, [$2];", "=f,=f,r", [at], (gl.float32, gl.float32), is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def load1(at):
+    """A float32 number from shared memory."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.f32 $0, [$1];", "=f,r", [at], gl.float32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def store1(at, value):
+    """A float32 number into shared memory."""
+    gl.inline_asm_elementwise(
+        "st.shared.f32 [$1], $2; mov.b32 $0, 0;", "=r,r,f", [at, value], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def store2(at, first, second):
+    """Two words into shared memory, at a multiple of 8."""
+    gl.inline_asm_elementwise(
+        "st.shared.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,r,r,r", [at, first, second], gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store4(at, a, b, c, d):
+    """Four float32 numbers into shared memory, at a multiple of 16."""
+    gl.inline_asm_elementwise(
+        "st.shared.v4.f32 [$1], {$2, $3, $4, $5}; mov.b32 $0, 0;", "=r,r,f,f,f,f", [at, a, b, c, d], gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _product(x0, x1, w0, w1, c):
+    """x, as each of 16 rows, times eight rows of a weight, plus c: four registers of a lane."""
+    return gl.inline_asm_elementwise(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{$0, $1, $2, $3}, {$4, $4, $5, $5}, {$6, $7}, {$8, $9, $10, $11};",
+        "=f,=f,=f,=f,r,r,r,r,f,f,f,f", [x0, x1, w0, w1, c[0], c[1], c[2], c[3]],
+        (gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _own_share(at, thread, CHUNKS: gl.constexpr):
+    """Where a lane's numbers of a part of x begin; the next are 64 bytes on."""
+    return at + (thread // 32 * (CHUNKS * 64) + thread % 4 * 16)
+
+
+@gluon.jit
+def inputs(at, PARTS: gl.constexpr, CHUNKS: gl.constexpr):
+    """What a lane needs of the x at an address, in PARTS parts."""
+    thread = gl.arange(0, THREADS, LINE)
+    result = ()
+    for part in gl.static_range(PARTS):
+        for k in gl.static_range(CHUNKS):
+            result += (load4(_own_share(at + part * (CHUNKS * 512), thread, CHUNKS) + k * 64),)
+    return result
+
+
+@gluon.jit
+def multiply(
+    place, ring, x, to,
+    PARTS: gl.constexpr, CHUNKS: gl.constexpr, SLOTS: gl.constexpr, HELD: gl.constexpr,
+):  # fmt: skip
+    """Eight rows times x from the ring's next PARTS pieces; returns the place after them.
+
+    place: slot and phase; x: what `inputs` gave, or not HELD, the address of x. Each warp's share of the sums
+    goes to the address `to`, those of the next warp 256 bytes on.
+    """
+    thread = gl.arange(0, THREADS, LINE)
+    slot, phase = place
+    zero = gl.zeros([THREADS], gl.float32, LINE)
+    none = (zero, zero, zero, zero)
+    a, b, c, d = none, none, none, none
+    from_row = _own_share(ring[0], thread, CHUNKS) + thread % 32 // 4 * (CHUNKS * 512 + 64)
+    for part in gl.static_range(PARTS):
+        wait_for(ring[1] + slot * 8, phase, thread)
+        for k in gl.static_range(CHUNKS):
+            w = load4(from_row + (slot * (WARPS * (CHUNKS * 512 + 64)) + k * 64))
+            if HELD:
+                v = x[part * CHUNKS + k]
+            else:
+                v = load4(_own_share(x + part * (CHUNKS * 512), thread, CHUNKS) + k * 64)
+            if k % 2 == 0:
+                a = _product(v[0], v[1], w[0], w[1], a)
+                b = _product(v[2], v[3], w[2], w[3], b)
+            else:
+                c = _product(v[0], v[1], w[0], w[1], c)
+                d = _product(v[2], v[3], w[2], w[3], d)
+        _release(ring[2] + slot * 8, thread)
+        phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
+        slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
+    # rows 2 i and 2 i + 1 of lane i, and copies of them in the other lanes
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+        "=r,r,f,f,r",
+        [
+            to + (thread // 32 * 256 + thread % 4 * 8),
+            (a[0] + b[0]) + (c[0] + d[0]), (a[1] + b[1]) + (c[1] + d[1]),
+            (thread % 32 < 4).to(gl.int32),
+        ],
+        gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+    return slot, phase
+
+
+@gluon.jit
+def total(at):
+    """The sum of what the warps have stored at an address, in order."""
+    result = load1(at)
+    for warp in gl.static_range(1, WARPS):
+        result += load1(at + warp * 256)
+    return result

@@ -1,0 +1,188 @@
+"""What every rank does for `test_layers`; here, so that ranks need not import transformers."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssm_dist import LLM, SamplingParams
+from ssm_dist.checkpoint.random_weights import random_parameters
+from ssm_dist.config import KernelsConfig
+from ssm_dist.fused_layers import fuse_layers
+from ssm_dist.kernels import backend
+from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
+from ssm_dist.models.falcon_mamba import FalconMamba, FalconMambaConfig
+from ssm_dist.models.mamba import Mamba, MambaConfig
+from ssm_dist.models.mixer import arrange_weights
+from ssm_dist.parallel import Reductions, TensorParallel, Wire, apply_plan, localise
+from ssm_dist.parallel.collectives import RankFailure, wait_for_event
+from ssm_dist.parallel.plans.falcon_mamba import FALCON_MAMBA_PLAN
+from ssm_dist.parallel.plans.mamba import MAMBA_PLAN
+
+SIZES: dict[str, dict[str, Any]] = {
+    "mamba": {"d_model": 1024, "d_inner": 2048, "dt_rank": 64, "n_layers": 5},
+    "wide mamba": {"d_model": 2560, "d_inner": 5120, "dt_rank": 160, "n_layers": 2},
+    "falcon": {"d_model": 1024, "d_inner": 2048, "dt_rank": 256, "n_layers": 4},
+    "wide falcon": {"d_model": 4096, "d_inner": 8192, "dt_rank": 256, "n_layers": 1},
+}
+STEPS = 1000
+SLOTS = 4
+EXACT = Wire("none", 128, "auto")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Of one model on one rank."""
+
+    fused: list[float]
+    """Distance of each step's output from the definition in float32, over its length."""
+    by_layers: list[float]
+    """The same of the layers' own kernels."""
+    states: tuple[float, float]
+    """Distance of the scan's states after all steps, over their length: fused, by layers."""
+    idle: bool
+    """Whether the slot that no step has used is still what it was."""
+    outputs: Tensor
+    """(STEPS, d_model) of the fused steps, on the CPU."""
+
+
+def found(name: str, state_dtype: torch.dtype = torch.float32) -> Found:
+    """Fused steps, steps by layers and the definition, side by side over one sequence of tokens."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    tp = _ranks(60.0)
+    with backend.using("triton", device):
+        model, truth = _model(name, tp, device), _model(name, None, device).float()
+        fuse_layers(model, tp, KernelsConfig(), "triton", device)
+        stack = model.stack
+        assert stack is not None
+        states = [_states(m, device, state_dtype) for m in (model, model)]
+        exact = _states(truth, device, torch.float32)
+        errors: list[list[float]] = [[], []]
+        outputs = []
+        draw = torch.Generator().manual_seed(1)
+        for _ in range(STEPS):
+            token, slot = torch.randint(0, 64, (2,), generator=draw).tolist()
+            batch = _batch(token, slot % (SLOTS - 1), device)
+            with backend.using("reference", device):
+                expected = truth(batch, exact)
+            for way, state in enumerate(states):
+                model.stack = stack if way == 0 else None
+                y = model(batch, state)
+                errors[way].append(float((y - expected).norm() / expected.norm()))
+                if way == 0:
+                    outputs.append(y[0].cpu())
+    mine = slice(0, None) if tp is None else _part(tp, exact.mixers[0].ssm.shape[1])
+    apart = [_states_apart(state, exact, mine) for state in states]
+    idle = all(bool((m.ssm[-1] == 1).all() and (m.conv[-1] == 1).all()) for m in states[0].mixers)
+    return Found(errors[0], errors[1], (apart[0], apart[1]), idle, torch.stack(outputs))
+
+
+def answers(fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:
+    """Tokens and log-probabilities of requests alone, and of two of which one ends early."""
+    llm = LLM.from_config(_config(fused, mode))
+    alone = SamplingParams(max_new_tokens=200, ignore_eos=True, logprobs=0)
+    brief = SamplingParams(max_new_tokens=20, ignore_eos=True, logprobs=0)
+    prompts: list[Any] = [[3, 1, 4, 1, 5], list(range(40))]
+    done = [*llm.generate(prompts[:1], alone), *llm.generate(prompts, [alone, brief])]
+    return [c.token_ids for c in done], [c.logprobs for c in done]
+
+
+def without_a_rank() -> tuple[str, float]:
+    """What rank 0 says when the last rank takes no part in a step, and after how many seconds."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    tp = _ranks(2.0)
+    assert tp is not None
+    with backend.using("triton", device):
+        model = _model("mamba", tp, device)
+        fuse_layers(model, tp, KernelsConfig(), "triton", device)
+        state = _states(model, device, torch.float32)
+        model(_batch(1, 0, device), state)
+        torch.cuda.synchronize()
+        if tp.rank == tp.degree - 1:
+            time.sleep(10.0)
+            return "", 0.0
+        begun = time.monotonic()
+        batch, hidden = _batch(2, 0, device), torch.ones(1, 1024, dtype=torch.bfloat16, device=device)
+        assert model.stack is not None  # not through the embedding, whose sum would wait first
+        conv, ssm = [m.conv for m in state.mixers], [m.ssm for m in state.mixers]
+        model.stack.step(hidden, batch.slots, conv, ssm)
+        done = torch.cuda.Event()
+        done.record()
+        try:
+            wait_for_event(tp.group, done)
+        except RankFailure as error:
+            return str(error), time.monotonic() - begun
+    return "no error", 0.0
+
+
+def _config(fused: bool, mode: str) -> Any:
+    from ssm_dist.config_reading import build_config
+
+    degree = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    given = {
+        "model": {"preset": "mamba-370m"}, "parallel": {"tensor": degree}, "compile": {"mode": mode},
+        "kernels": {"backend": "triton", "fuse_layers": fused}, "cache": {"max_sequences": 2},
+    }  # fmt: skip
+    return build_config(None, given, given_by="test")
+
+
+def _ranks(timeout_seconds: float) -> TensorParallel | None:
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return None
+    tp = TensorParallel.over_all_ranks("cuda", Reductions(EXACT, EXACT, EXACT, timeout_seconds, False))
+    device = torch.device("cuda", torch.cuda.current_device())
+    tp.share_memory(64, 4096, torch.bfloat16, device)
+    return tp
+
+
+def _model(name: str, tp: TensorParallel | None, device: torch.device) -> Mamba:
+    falcon = "falcon" in name
+    sizes = {"vocab_size": 64, "tied_head": True, **SIZES[name]}
+    config = FalconMambaConfig(**sizes) if falcon else MambaConfig(**sizes)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            model = FalconMamba(config) if falcon else Mamba(config)  # type: ignore[arg-type]
+    finally:
+        torch.set_default_dtype(default)
+    if tp is not None:
+        apply_plan(model, tp, FALCON_MAMBA_PLAN if falcon else MAMBA_PLAN)
+    random_parameters(model, device=device, dtype=torch.bfloat16)
+    localise(model)
+    arrange_weights(model)
+    return model.eval().requires_grad_(False)
+
+
+def _states(model: Mamba, device: torch.device, state_dtype: torch.dtype) -> ModelState:
+    """Zeros, and ones in the last slot."""
+    shapes, dtype = model.state_shapes(), model.embedding.weight.dtype
+    conv = torch.zeros(shapes.layers, SLOTS, *shapes.conv, dtype=dtype, device=device)
+    ssm = torch.zeros(shapes.layers, SLOTS, *shapes.ssm, dtype=state_dtype, device=device)
+    conv[:, -1], ssm[:, -1] = 1, 1
+    return ModelState([MixerState(c, s) for c, s in zip(conv, ssm, strict=True)])
+
+
+def _batch(token: int, slot: int, device: torch.device) -> RaggedBatch:
+    def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    whole = torch.int64
+    return RaggedBatch(ints(token, dtype=whole), ints(0, 1), ints(slot), ints(0, dtype=whole), decode=True)
+
+
+def _part(tp: TensorParallel, channels: int) -> slice:
+    each = channels // tp.degree
+    return slice(tp.rank * each, (tp.rank + 1) * each)
+
+
+def _states_apart(state: ModelState, exact: ModelState, mine: slice) -> float:
+    pairs = [
+        (own.ssm[:-1].float(), true.ssm[:-1, mine])
+        for own, true in zip(state.mixers, exact.mixers, strict=True)
+    ]
+    return max(float((own - true).norm() / true.norm()) for own, true in pairs)
