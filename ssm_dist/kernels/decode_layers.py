@@ -22,8 +22,11 @@ from ssm_dist.kernels.operators import operator
 ARENA_BYTES = 222 * 1024
 """Shared memory of a program, but for what the compiler needs."""
 
-IN_FLIGHT = {False: 60_000, True: 40_000}
+IN_FLIGHT = {False: 60_000, True: 50_000}
 """Bytes that a multiprocessor asks for ahead, alone and with other ranks (H200)."""
+
+CHANNELS = 64
+"""Of a program, at most."""
 
 UNBOUNDED = 2**62
 """Nanoseconds: a rank alone waits for nobody who could be gone."""
@@ -91,20 +94,38 @@ def reason_against(layer: LayerWeights, device: torch.device) -> str | None:
         return "its convolution is not 4 wide or its states are not 16 a channel"
     if d_model % 256 or channels % 256 or rank % 8 or rank > 256:
         return "its sizes are no multiples of 256, or dt_rank none of 8 up to 256"
-    if -(-channels // programs_of(d_model, device)) > 64:
+    if -(-channels // programs_of(d_model, _multiprocessors(device))) > CHANNELS:
         return "there are too many channels for this GPU"
     return None
 
 
-def programs_of(d_model: int, device: torch.device) -> int:
-    """As many as there are multiprocessors at most; each has outputs of out_proj."""
-    each = math.ceil(d_model / torch.cuda.get_device_properties(device).multi_processor_count)
-    return math.ceil(d_model / each)
+def programs_of(d_model: int, multiprocessors: int) -> int:
+    """At most one a multiprocessor; each has outputs of out_proj."""
+    return math.ceil(d_model / math.ceil(d_model / multiprocessors))
 
 
 def words_of_ranks(ranks: int, d_model: int) -> int:
     """Words, of 4 bytes, that a rank's memory has for what all ranks send it."""
     return 2 * ranks * (1024 + _padded(d_model))
+
+
+def kernel_sizes(
+    d_model: int, channels: int, dt_rank: int, states: int, layers: int, programs: int, ranks: int
+) -> dict[str, int]:
+    """The kernel's constants, for so many channels on a rank.
+
+    CHUNKS: of 256 numbers in a part of a row that is fetched at once; SLOTS: pieces of the ring; BEFORE_X:
+    turns of z before x_proj, while its input is on its way; AHEAD: pieces in flight.
+    """
+    chunks = max(c for c in range(1, 9) if d_model // 256 % c == 0 and channels // 256 % c == 0)
+    piece = 8 * (chunks * 512 + 64) + 16
+    others = 2 * max(_padded(d_model), _padded(channels)) + 8192
+    turns = math.ceil(math.ceil(channels / programs) / 8)
+    return {
+        "LAYERS": layers, "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states,
+        "RANKS": ranks, "CHUNKS": chunks, "SLOTS": (ARENA_BYTES - others) // piece,
+        "BEFORE_X": min(2, turns - 1), "AHEAD": max(2, round(IN_FLIGHT[ranks > 1] / piece)),
+    }  # fmt: skip
 
 
 class LayerStack:
@@ -123,7 +144,7 @@ class LayerStack:
         self.layers, self._final_norm = list(layers), final_norm
         self._eps, self._rms_eps = eps, rms_eps
         d_model, channels = first.out_proj.shape
-        self._programs = programs_of(d_model, device)
+        self._programs = programs_of(d_model, _multiprocessors(device))
         self._words = torch.zeros(4 * _padded(channels), dtype=torch.int32, device=device)
         self._ranks = _alone(words_of_ranks(1, d_model), device) if ranks is None else ranks
         self._counters = torch.ones(self._programs, dtype=torch.int32, device=device)
@@ -133,14 +154,18 @@ class LayerStack:
         places.append([self._distance(final_norm)])
         rows = [row + [0] * (16 - len(row)) for row in places]
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._constants = self._sizes(first, len(layers))
+        self._constants = kernel_sizes(
+            d_model, channels, first.dt_proj.shape[1], first.A_log.shape[1], len(layers), self._programs,
+            len(self._ranks.addresses),
+        )  # fmt: skip
         _stacks[self.name] = self
 
     def step(self, hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> Tensor:
         """From an embedding (1, H) bfloat16 to what the final norm makes of the last layer's stream.
 
-        slots: (1,) int32; conv: of each layer, (slots, 3, D) bfloat16; ssm: (slots, D, N) float32 or bfloat16,
-        each layer's as far from those of the one before. Both are updated in place. All ranks call it alike.
+        slots: (1,) int32; conv: of each layer, (slots, 3, D) bfloat16; ssm: (slots, D, N) float32 or
+        bfloat16, each layer's as far from those of the one before. Both are updated in place. All ranks call
+        it alike.
         """
         result: Tensor = decode_layers(hidden, slots, conv, ssm, self.name)
         return result
@@ -165,25 +190,15 @@ class LayerStack:
     def _distance(self, parameter: Tensor) -> int:
         return (parameter.data_ptr() - self._anchor.data_ptr()) // 4
 
-    def _sizes(self, layer: LayerWeights, layers: int) -> dict[str, int]:
-        """The kernel's constants."""
-        (d_model, channels), ranks = layer.out_proj.shape, len(self._ranks.addresses)
-        chunks = max(c for c in range(1, 6) if d_model // 256 % c == 0 and channels // 256 % c == 0)
-        piece = 8 * (chunks * 512 + 64) + 16
-        others = 2 * max(_padded(d_model), _padded(channels)) + 8192
-        turns = math.ceil(math.ceil(channels / self._programs) / 8)
-        return {
-            "LAYERS": layers, "P": self._programs, "H": d_model, "D": channels, "R": layer.dt_proj.shape[1],
-            "N": layer.A_log.shape[1], "RANKS": ranks, "CHUNKS": chunks,
-            "SLOTS": (ARENA_BYTES - others) // piece, "BEFORE_X": min(2, turns - 1),
-            "AHEAD": max(2, round(IN_FLIGHT[ranks > 1] / piece)),
-        }  # fmt: skip
-
 
 def _kernel_module(device: torch.device) -> ModuleType | None:
     from ssm_dist.kernels.gluon_support import gluon_module  # a CPU needs no Triton
 
     return gluon_module("gluon_layers", device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _padded(width: int) -> int:

@@ -1,14 +1,14 @@
 """A decode step of one sequence through all layers of a Mamba model, in one kernel (Gluon, sm_90).
 
-Kernel by kernel, memory is idle while each waits for the one before. Here P programs stay, each with its share
-of every layer's channels and outputs: one warp streams weights through `gluon_ring`, the others work, and hand
-vectors to each other, on one GPU or several, by `gluon_words`. Four vectors a layer: the convolution's output;
-the products with x_proj, summed over ranks; the mixer's output; those with out_proj, summed over ranks. The
-products with z pass while the first two are on their way.
+Kernel by kernel, memory is idle while each waits for the one before. Here P programs stay, each with its
+share of every layer's channels and outputs: one warp streams weights through `gluon_ring`, the others work,
+and hand vectors to each other, on one GPU or several, by `gluon_words`. Four vectors a layer: the
+convolution's output; the products with x_proj, summed over ranks; the mixer's output; those with out_proj,
+summed over ranks. The products with z pass while the first two are on their way.
 
-A vector's words are used again two layers later. By then everybody has read them: nobody is two layers ahead,
-since a layer's first inputs are out_proj's outputs from every program of every rank. So every program must
-have some.
+A vector's words are used again two layers later. By then everybody has read them: nobody is two layers
+ahead, since a layer's first inputs are out_proj's outputs from every program of every rank. So every program
+must have some.
 """
 
 from triton.experimental import gluon
@@ -392,9 +392,9 @@ def layers_kernel(
     """One of P programs, all at once on the GPU.
 
     table, (LAYERS + 1, FIELDS) int64: how far parameters are from the anchor, an int32 pointer; the last row
-    has the final norm. hidden, y: (H,) bfloat16. conv, ssm: states of the first layer. words, shared: addresses
-    of the words of this GPU, and of those that ranks send; peers: the latter of each rank. counters: (P,),
-    steps so far. BEFORE_X: turns of z before x_proj.
+    has the final norm. hidden, y: (H,) bfloat16. conv, ssm: states of the first layer. words, shared:
+    addresses of the words of this GPU, and of those that ranks send; peers: the latter of each rank.
+    counters: (P,), steps so far. BEFORE_X: turns of z before x_proj.
     """
     D_BYTES: gl.constexpr = (D + VECTOR - 1) // VECTOR * VECTOR * 2
     H_BYTES: gl.constexpr = (H + VECTOR - 1) // VECTOR * VECTOR * 2
@@ -416,8 +416,8 @@ def layers_kernel(
         [
             (_work, (
                 ring, (kept, wide, products), anchor, table, hidden, slots, counters, y, conv, ssm, words,
-                shared, peers, rank, waits, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
-                LAYERS, P, H, D, R, N, RMS, RANKS, CHUNKS, SLOTS, BEFORE_X,
+                shared, peers, rank, waits, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer,
+                ssm_slot, LAYERS, P, H, D, R, N, RMS, RANKS, CHUNKS, SLOTS, BEFORE_X,
             )),
             (_fetch_all, (ring, anchor, table, LAYERS, P, H, D, CHUNKS, SLOTS, AHEAD)),
         ],

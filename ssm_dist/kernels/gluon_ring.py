@@ -7,8 +7,8 @@ other warps wait for each other. It never has more than AHEAD pieces in flight: 
 multiprocessor, 1.58 ms with 200 KB).
 
 A product is that of m16n8k16: eight rows of the weight at the right, x as each of 16 rows at the left. Each
-warp has its share of the width; since a sum over k may go in any order, the eight neighbours that a lane loads
-at a time count as the k that are its own.
+warp has its share of the width; since a sum over k may go in any order, the eight neighbours that a lane
+loads at a time count as the k that are its own.
 
 Gluon has no bulk copies without tensor descriptors, of which there would have to be two a layer, and puts
 barriers of all warps between whatever it knows to touch the same memory. So the ring is shared memory by

@@ -24,7 +24,9 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ssm_dist.kernels import (
+    decode_layers,
     gluon_attention,
+    gluon_layers,
     gluon_linear,
     gluon_scan,
     triton_activation,
@@ -79,6 +81,17 @@ MATRIX = {
     "SHARED": True, "WHOLE": True, "HAS_BIAS": True,
     "BLOCK_N": 64, "BLOCK_K": 64, "AHEAD": 512, "num_warps": 4, "num_stages": 4,
 }  # fmt: skip
+
+
+def layers(d_model: int, channels: int, dt_rank: int, ranks: int = 1, rms: bool = False) -> dict[str, Any]:
+    """Of `gluon_layers`, on a GPU of 132 multiprocessors."""
+    programs = decode_layers.programs_of(d_model, 132)
+    return {
+        **decode_layers.kernel_sizes(d_model, channels, dt_rank, 16, 64, programs, ranks), "RMS": rms,
+        "anchor": "*i32", "table": "*i64", "hidden": "*bf16", "conv": "*bf16", "ssm": "*fp32",
+        **dict.fromkeys(("words", "shared", "error", "limit"), "i64"), "peers": ("i64",) * ranks,
+        "eps": "fp32", "rms_eps": "fp32", "num_warps": 8,
+    }  # fmt: skip
 
 
 class Case(NamedTuple):
@@ -157,6 +170,15 @@ KERNELS: dict[str, Case] = {
         )
         for name, given in {
             "64 sequences": {}, "256 sequences": {"BLOCK_D": 32}, "no norms": {"RMS": False},
+        }.items()
+    },
+    **{
+        f"layers, {name}": Case(gluon_layers.layers_kernel, given, "", (90,))
+        for name, given in {
+            "mamba-2.8b": layers(2560, 5120, 160),
+            "falcon-mamba-7b": layers(4096, 8192, 256, rms=True),
+            "mamba-2.8b at degree 2": layers(2560, 2560, 160, 2),
+            "falcon-mamba-7b at degree 4": layers(4096, 2048, 256, 4, rms=True),
         }.items()
     },
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),

@@ -14,9 +14,9 @@ from ssm_dist.parallel.collectives.shared import everybodys
 
 
 def sums_at_once(name: str, rows: Tensor, wire: Wire, *, with_norm: bool) -> bool:
-    """Whether the ranks of a group would sum these rows (T, N), of which the values do not count, one-shot.
+    """Whether the ranks of a group would sum rows (T, N) like these one-shot.
 
-    Then a kernel may send them itself, as they are, and add up what comes. By static sizes, alike on all ranks.
+    Then a kernel may send them itself, as they are, and add up what comes. By sizes, alike on all ranks.
     """
     how = (wire.codec, wire.group_size, wire.algorithm)
     return choose(group_named(name), rows, *how, with_norm) == "one_shot"
