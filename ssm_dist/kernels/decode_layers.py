@@ -154,7 +154,7 @@ class LayerStack:
         places.append([self._distance(final_norm)])
         rows = [row + [0] * (16 - len(row)) for row in places]
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
-        self._constants = kernel_sizes(
+        self.constants = kernel_sizes(
             d_model, channels, first.dt_proj.shape[1], first.A_log.shape[1], len(layers), self._programs,
             len(self._ranks.addresses),
         )  # fmt: skip
@@ -182,7 +182,7 @@ class LayerStack:
                 self._words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
                 ranks.error.data_ptr(), ranks.limit, self._eps, self._rms_eps or 0.0,
                 _apart(conv), conv[0].stride(0), conv[0].stride(1), _apart(ssm), ssm[0].stride(0),
-                RMS=self._rms_eps is not None, **self._constants,
+                RMS=self._rms_eps is not None, **self.constants,
                 num_warps=8, enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         return y
