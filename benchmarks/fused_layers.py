@@ -26,7 +26,6 @@ from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.config_reading import build_config
 from ssm_dist.kernel_benchmark.program import environment
 from ssm_dist.kernels.decode_layers import ARENA_BYTES, LayerStack
-from ssm_dist.models.mamba import Mamba
 from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import close_ranks
 from ssm_dist.state_cache import StateCache
@@ -57,13 +56,13 @@ def changes(options: argparse.Namespace, constants: dict[str, int]) -> Iterator[
 def milliseconds(stack: LayerStack, cache: StateCache, hidden: torch.Tensor) -> list[float]:
     """Of a step, of each replay."""
     slots = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-    conv, ssm = [m.conv for m in cache.state.mixers], [m.ssm for m in cache.state.mixers]
-    stack.launch(hidden, slots, conv, ssm)
+    conv, ssm = cache.state.of_layers()
+    stack.launch(hidden, None, slots, conv, ssm)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(STEPS):
-            stack.launch(hidden, slots, conv, ssm)
+            stack.launch(hidden, None, slots, conv, ssm)
     if dist.is_initialized():
         dist.barrier()
     times = []
@@ -80,10 +79,9 @@ def milliseconds(stack: LayerStack, cache: StateCache, hidden: torch.Tensor) -> 
 def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One for each variant of a model."""
     it = loaded(name)
-    assert isinstance(it.model, Mamba)
-    if it.model.stack is None:
+    if len(it.model.stacks) != 1:
         sys.exit(f"{name}: the log says why its layers are not in one kernel here")
-    stack, d_model = it.model.stack, it.config.d_model
+    stack, d_model = it.model.stacks[0], it.config.d_model
     cache = StateCache(
         it.model.state_shapes(), max_sequences=2, max_tokens=1, dtype=it.dtype, state_dtype=torch.float32,
         device=it.device,
@@ -96,7 +94,8 @@ def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         times = milliseconds(stack, cache, hidden)
         yield {
             "model": name, "degree": stack.constants["RANKS"], **change,
-            "ms": round(times[len(times) // 2], 4), "least": round(times[0], 4), "floor": round(1e3 * weights / COPY, 4),
+            "ms": round(times[len(times) // 2], 4), "least": round(times[0], 4),
+            "floor": round(1e3 * weights / COPY, 4),
             **({} if change else {"constants": constants}),
         }  # fmt: skip
 

@@ -1,15 +1,18 @@
-"""Decides whether decode steps of one sequence run all layers in one kernel, and prepares that."""
+"""Decides whether decode steps of one sequence run many layers in one kernel, and prepares that."""
 
 from __future__ import annotations
 
 import logging
+from typing import cast
 
 import torch
+from torch import nn
 
 from ssm_dist.config import KernelsConfig
-from ssm_dist.kernels.decode_layers import LayerStack, LayerWeights, RankWords, reason_against
+from ssm_dist.kernels.decode_layers import Exchange, LayerStack, LayerWeights, RankWords, reason_against
 from ssm_dist.models.language_model import LanguageModel
-from ssm_dist.models.mamba import Mamba, MambaLayer
+from ssm_dist.models.layers import AddRMSNorm
+from ssm_dist.models.mixer import MambaMixer
 from ssm_dist.parallel import TensorParallel
 
 logger = logging.getLogger(__name__)
@@ -22,57 +25,84 @@ def fuse_layers(
     kernels: str,
     device: torch.device,
 ) -> None:
-    """Give a loaded `Mamba` its `LayerStack`, or say in the log why it has none; all ranks call it alike.
+    """Give a loaded model its `stacks`, or say in the log why it has none; all ranks call it alike.
 
     kernels: the backend that runs; only `triton` has the kernel.
     """
-    if not isinstance(model, Mamba) or device.type != "cuda":
+    if device.type != "cuda":
         return
-    if not section.fuse_layers or kernels != "triton":
-        why = "as [kernels] asks"
-    else:
-        weights, why = _weights(model, device)
-        ranks: RankWords | None = None
-        if tp is not None:
-            ranks, why = _words(model, tp, why, device)
-        if not why:
-            norm = model.final_norm
-            rms_eps = _first(model).mixer.mixer_rms_eps
-            model.stack = LayerStack(weights, norm.weight, norm.eps, rms_eps, ranks)
-    how = f"layer by layer, {why}" if why else f"all {len(model.layers)} layers in one kernel"
-    logger.info("decode: steps of one sequence run %s", how)
+    weights, ranks = [_weights(layer) for layer in model.layers], None
+    why = "as [kernels] asks" if not section.fuse_layers or kernels != "triton" else ""
+    why = why or _objection(model, weights, device)
+    if tp is not None:
+        ranks, why = _words(model, tp, why, device)
+    if not why:
+        model.stacks = _stacks(model, cast(list[LayerWeights], weights), tp, ranks)
+    count = len(model.stacks)
+    kernels_of = f"{len(weights)} layers in {count} kernel{'s' if count > 1 else ''}"
+    logger.info("decode: steps of one sequence run %s", f"layer by layer, {why}" if why else kernels_of)
 
 
-def _first(model: Mamba) -> MambaLayer:
-    layer = model.layers[0]
-    assert isinstance(layer, MambaLayer)
-    return layer
+def _mixer(layer: nn.Module) -> MambaMixer:
+    mixer = layer.mixer
+    assert isinstance(mixer, MambaMixer)
+    return mixer
 
 
-def _weights(model: Mamba, device: torch.device) -> tuple[list[LayerWeights], str]:
-    """Those of all layers, and why they cannot be served, or nothing."""
-    weights = [layer.weights() for layer in model.layers if isinstance(layer, MambaLayer)]
-    known = [w for w in weights if w is not None]
-    if len(known) < len(weights):
-        return [], "since its projections have biases"
-    reasons = (reason_against(layer, device) for layer in known)
-    return known, next((f"since {reason}" for reason in reasons if reason is not None), "")
+def _weights(layer: nn.Module) -> LayerWeights | None:
+    norm = layer.norm
+    assert isinstance(norm, AddRMSNorm)
+    return _mixer(layer).with_norm(norm.weight)
 
 
-def _words(model: Mamba, tp: TensorParallel, why: str, device: torch.device) -> tuple[RankWords | None, str]:
+def _objection(model: LanguageModel, weights: list[LayerWeights | None], device: torch.device) -> str:
+    """Why these layers cannot be served, or nothing."""
+    heads = _mixer(model.layers[0]).x_proj.heads_held
+    for layer in weights:
+        if layer is None:
+            return "since its projections have biases"
+        reason = reason_against(layer, heads, device)
+        if reason is not None:
+            return f"since {reason}"
+    return ""
+
+
+def _stacks(
+    model: LanguageModel, weights: list[LayerWeights], tp: TensorParallel | None, ranks: RankWords | None
+) -> list[LayerStack]:
+    mixer, norm, runs = _mixer(model.layers[0]), model.final_norm, model.runs()
+    d_model, channels = weights[0].out_proj.shape
+    exchange = Exchange(d_model, channels, norm.weight.device, ranks)
+    return [
+        LayerStack(
+            weights[run.start : run.stop], exchange, norm.eps, rms_eps=mixer.mixer_rms_eps,
+            last_norm=norm.weight if run is runs[-1] else None, heads=mixer.x_proj.heads_held,
+            sharers=_sharers(mixer, tp),
+        )
+        for run in runs
+    ]  # fmt: skip
+
+
+def _sharers(mixer: MambaMixer, tp: TensorParallel | None) -> int:
+    """Ranks that have parts of the same heads."""
+    return 1 if tp is None else max(1, tp.degree // mixer.x_proj.heads)
+
+
+def _words(
+    model: LanguageModel, tp: TensorParallel, why: str, device: torch.device
+) -> tuple[RankWords | None, str]:
     """The memory of the ranks' vectors, and why there is none, or nothing. `why`: what is so far known."""
     from ssm_dist.parallel.collectives.words import agree, open_words, sums_at_once  # a CPU needs no Triton
 
     why = agree(tp.group, why)
     if why:
         return None, why
-    layer = _first(model)
-    d_model, outputs = layer.norm.weight.shape[0], layer.mixer.x_proj.weight.shape[1]
-    like = layer.norm.weight
-    branch, sums = like.new_empty((1, d_model), device="meta"), like.new_empty((1, outputs), device="meta")
-    wires = tp.reductions
+    mixer, like, wires = _mixer(model.layers[0]), model.final_norm.weight, tp.reductions
+    branch, sums = (like.new_empty((1, n), device="meta") for n in (len(like), mixer.x_proj.weight.shape[1]))
     exact = sums_at_once(tp.group, branch, wires.branch, with_norm=True)
-    if not exact or not sums_at_once(tp.group, sums, wires.x_proj, with_norm=False):
+    if _sharers(mixer, tp) > 1:
+        exact = exact and sums_at_once(tp.group, sums, wires.x_proj, with_norm=False)
+    if not exact:
         return None, "since its sums over ranks go another way than one-shot"
-    ranks, reason = open_words(tp.group, d_model, device)
+    ranks, reason = open_words(tp.group, len(like), device)
     return ranks, "" if reason is None else f"since {reason}"

@@ -1,4 +1,4 @@
-"""The layers of a Mamba model as one operator, for decode steps of one sequence on a Hopper GPU.
+"""Layers of a Mamba or hybrid model as one operator, for decode steps of one sequence on a Hopper GPU.
 
 `gluon_layers` has the kernel. Here: which models it serves, the table of their parameters, and the memory in
 which its programs hand vectors to each other.
@@ -77,25 +77,27 @@ class RankWords:
     """What keeps the memory alive."""
 
 
-def reason_against(layer: LayerWeights, device: torch.device) -> str | None:
-    """Why the kernel cannot serve a model of such layers on a device; None where it can."""
+def reason_against(layer: LayerWeights, heads: int, device: torch.device) -> str | None:
+    """Why the kernel cannot serve a model of such layers, with so many heads on a rank; None where it can."""
     if device.type != "cuda" or _kernel_module(device) is None:
         return "that kernel is for Hopper GPUs and Triton 3.6 to 3.9"
     (d_model, channels), (rank, states) = layer.out_proj.shape, (layer.dt_proj.shape[1], layer.A_log.shape[1])
-    half = {name: getattr(layer, name) for name in ("norm", "in_proj", "taps", "conv_bias", "x_proj",
-                                                    "dt_proj", "out_proj")}  # fmt: skip
-    if any(t.dtype != torch.bfloat16 for t in half.values()):
-        return "its weights are not all bfloat16"
-    if any(t.dtype != torch.float32 for t in (layer.dt_bias, layer.A_log, layer.skip)):
-        return "A, D and the bias of dt are not float32"
+    wide = {"dt_bias", "A_log", "skip"}
+    expected = [torch.float32 if field.name in wide else torch.bfloat16 for field in fields(layer)]
+    if [t.dtype for t in layer.all()] != expected:
+        return "its weights are not bfloat16, or A, D and the bias of dt not float32"
     if any(not t.is_contiguous() or t.data_ptr() % 16 for t in layer.all()):
         return "its weights are not contiguous in memory"
     if layer.taps.shape[1] != 4 or states != 16:
         return "its convolution is not 4 wide or its states are not 16 a channel"
-    if d_model % 256 or channels % 256 or rank % 8 or rank > 256:
-        return "its sizes are no multiples of 256, or dt_rank none of 8 up to 256"
-    if -(-channels // programs_of(d_model, _multiprocessors(device))) > CHANNELS:
+    if d_model % 32 or channels % 32 or rank % 8 or rank > 256:
+        return "its sizes are no multiples of 32, or dt_rank none of 8 up to 256"
+    programs = programs_of(d_model, _multiprocessors(device))
+    own = -(-channels // programs)
+    if own > CHANNELS:
         return "there are too many channels for this GPU"
+    if programs % heads or (heads > 1 and own * (programs // heads) * heads != channels):
+        return "its heads do not begin where a program's channels do"
     return None
 
 
@@ -112,12 +114,12 @@ def words_of_ranks(ranks: int, d_model: int) -> int:
 def kernel_sizes(
     d_model: int, channels: int, dt_rank: int, states: int, layers: int, programs: int, ranks: int
 ) -> dict[str, int]:
-    """The kernel's constants, for so many channels on a rank.
+    """The kernel's constants that follow from sizes, for so many channels on a rank.
 
     CHUNKS: of 256 numbers in a part of a row that is fetched at once; SLOTS: pieces of the ring; BEFORE_X:
     turns of z before x_proj, while its input is on its way; AHEAD: pieces in flight.
     """
-    chunks = max(c for c in range(1, 9) if d_model // 256 % c == 0 and channels // 256 % c == 0)
+    chunks = min(range(3, 9), key=lambda c: (_parts(d_model, c) * c + _parts(channels, c) * c, -c))
     piece = 8 * (chunks * 512 + 64) + 16
     others = 2 * max(_padded(d_model), _padded(channels)) + 8192
     turns = math.ceil(math.ceil(channels / programs) / 8)
@@ -128,61 +130,88 @@ def kernel_sizes(
     }  # fmt: skip
 
 
-class LayerStack:
-    """A model's layers on one rank, and all that their kernel needs besides states."""
+class Exchange:
+    """What the programs of a rank hand each other vectors in: for all stacks of a model, one at a time."""
 
     def __init__(
-        self, layers: Sequence[LayerWeights], final_norm: Tensor, eps: float, rms_eps: float | None,
-        ranks: RankWords | None = None,
-    ) -> None:  # fmt: skip
-        """final_norm: (H,) bfloat16; rms_eps: as in `projected_state_update`; ranks: None for one alone.
+        self, d_model: int, channels: int, device: torch.device, ranks: RankWords | None = None
+    ) -> None:
+        """channels: of a layer on this rank; ranks: None for one alone."""
+        self.programs = programs_of(d_model, _multiprocessors(device))
+        self.ranks = _alone(words_of_ranks(1, d_model), device) if ranks is None else ranks
+        self.words = torch.zeros(4 * _padded(channels), dtype=torch.int32, device=device)
+        self.counters = torch.ones(self.programs, dtype=torch.int32, device=device)
+        """Layers so far and one: the tag 0 would be that of words without any."""
 
-        The weights have to stay where they are. For layers that `reason_against` finds nothing against.
+
+class LayerStack:
+    """Layers that follow each other on one rank, and all that their kernel needs besides states."""
+
+    def __init__(
+        self, layers: Sequence[LayerWeights], exchange: Exchange, eps: float, *,
+        rms_eps: float | None = None, last_norm: Tensor | None = None, heads: int = 1,
+        sharers: int | None = None,
+    ) -> None:  # fmt: skip
+        """For layers that `reason_against` finds nothing against, whose weights stay where they are.
+
+        last_norm: (H,) bfloat16, of the norm after them; None for none. rms_eps: as in
+        `projected_state_update`; heads: that this rank has, or has a part of; sharers: neighbouring ranks
+        that have parts of the same heads, by default all.
         """
-        first, device = layers[0], final_norm.device
+        first, device = layers[0], layers[0].norm.device
         self.name = f"layers {next(_numbers)}"
-        self.layers, self._final_norm = list(layers), final_norm
-        self._eps, self._rms_eps = eps, rms_eps
-        d_model, channels = first.out_proj.shape
-        self._programs = programs_of(d_model, _multiprocessors(device))
-        self._words = torch.zeros(4 * _padded(channels), dtype=torch.int32, device=device)
-        self._ranks = _alone(words_of_ranks(1, d_model), device) if ranks is None else ranks
-        self._counters = torch.ones(self._programs, dtype=torch.int32, device=device)
-        """Steps so far and one: a tag of 0 would be that of words without any."""
+        self.layers, self._exchange, self._last_norm = list(layers), exchange, last_norm
+        self._eps, self._rms_eps, self._heads = eps, rms_eps, heads
+        ranks = exchange.ranks
+        span = sharers or len(ranks.addresses)
+        self._sharers = ranks.addresses[ranks.rank // span * span :][:span]
         self._anchor = first.in_proj.view(torch.int32)
         places = [[self._distance(t) for t in layer.all()] for layer in layers]
-        places.append([self._distance(final_norm)])
+        places.append([0 if last_norm is None else self._distance(last_norm)])
         rows = [row + [0] * (16 - len(row)) for row in places]
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
+        (d_model, channels), dt_rank = first.out_proj.shape, first.dt_proj.shape[1]
         self.constants = kernel_sizes(
-            d_model, channels, first.dt_proj.shape[1], first.A_log.shape[1], len(layers), self._programs,
-            len(self._ranks.addresses),
+            d_model, channels, dt_rank, first.A_log.shape[1], len(layers), exchange.programs,
+            len(ranks.addresses),
         )  # fmt: skip
         _stacks[self.name] = self
 
-    def step(self, hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> Tensor:
-        """From an embedding (1, H) bfloat16 to what the final norm makes of the last layer's stream.
+    def step(
+        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]
+    ) -> Tensor:
+        """Advance the states by a token; returns the last norm of the residual stream, or the stream itself.
 
-        slots: (1,) int32; conv: of each layer, (slots, 3, D) bfloat16; ssm: (slots, D, N) float32 or
-        bfloat16, each layer's as far from those of the one before. Both are updated in place. All ranks call
-        it alike.
+        hidden, (1, H) bfloat16: the residual stream; or with a residual, (1, H) float32, the normed input of
+        the first layer. slots: (1,) int32; conv: of each layer, (slots, 3, D) bfloat16; ssm: (slots, D, N)
+        float32 or bfloat16, each layer's as far from those of the one before. Both are updated in place. All
+        ranks call it alike. Returns (1, H), bfloat16 if normed, else float32.
         """
-        result: Tensor = decode_layers(hidden, slots, conv, ssm, self.name)
+        result: Tensor = decode_layers(hidden, residual, slots, conv, ssm, self.name)
         return result
 
-    def launch(self, hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> Tensor:
+    def result_like(self, hidden: Tensor) -> Tensor:
+        """A tensor for what `step` returns."""
+        return hidden.new_empty(hidden.shape, dtype=torch.float32 if self._last_norm is None else None)
+
+    def launch(
+        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]
+    ) -> Tensor:
         """`step`, not as an operator."""
         gluon_layers = _kernel_module(hidden.device)
         assert gluon_layers is not None and hidden.shape[0] == 1 and hidden.is_contiguous()
+        assert residual is None or (residual.dtype == torch.float32 and residual.is_contiguous())
         assert conv[0].dtype == torch.bfloat16 and conv[0].is_contiguous() and ssm[0].is_contiguous()
-        y, ranks = torch.empty_like(hidden), self._ranks
+        y, exchange, ranks = self.result_like(hidden), self._exchange, self._exchange.ranks
         with torch.cuda.device_of(hidden):
-            gluon_layers.layers_kernel[(self._programs,)](
-                self._anchor, self._table, hidden, slots, self._counters, y, conv[0], ssm[0],
-                self._words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
-                ranks.error.data_ptr(), ranks.limit, self._eps, self._rms_eps or 0.0,
+            gluon_layers.layers_kernel[(exchange.programs,)](
+                self._anchor, self._table, hidden, residual, slots, exchange.counters, y, conv[0], ssm[0],
+                exchange.words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
+                self._sharers, ranks.rank % len(self._sharers), ranks.error.data_ptr(), ranks.limit,
+                self._eps, self._rms_eps or 0.0,
                 _apart(conv), conv[0].stride(0), conv[0].stride(1), _apart(ssm), ssm[0].stride(0),
-                RMS=self._rms_eps is not None, **self.constants,
+                HEADS=self._heads, SHARERS=len(self._sharers), RMS=self._rms_eps is not None,
+                NORMED=self._last_norm is not None, **self.constants,
                 num_warps=8, enable_fp_fusion=True, launch_cooperative_grid=True,
             )  # fmt: skip
         return y
@@ -199,6 +228,10 @@ def _kernel_module(device: torch.device) -> ModuleType | None:
 
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _parts(width: int, chunks: int) -> int:
+    return -(-width // (256 * chunks))
 
 
 def _padded(width: int) -> int:
@@ -219,10 +252,18 @@ def _alone(words: int, device: torch.device) -> RankWords:
     return RankWords(0, (memory.data_ptr(),), error, UNBOUNDED, memory)
 
 
-@operator("decode_layers", mutates=("conv", "ssm"))
-def decode_layers(hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor], stack: str) -> Tensor:
+def _like_result(
+    hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor], stack: str
+) -> Tensor:
+    return _stacks[stack].result_like(hidden)
+
+
+@operator("decode_layers", mutates=("conv", "ssm"), fake=_like_result)
+def decode_layers(
+    hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor], stack: str
+) -> Tensor:
     """`LayerStack.step` of the stack of that name."""
-    return _stacks[stack].launch(hidden, slots, conv, ssm)
+    return _stacks[stack].launch(hidden, residual, slots, conv, ssm)
 
 
 _numbers = itertools.count()

@@ -18,6 +18,7 @@ from ssm_dist.kernels.gluon_ring import (
     WARPS,
     address_of,
     barrier,
+    clear,
     fetch,
     inputs,
     load1,
@@ -66,8 +67,8 @@ def _fetch_all(
     CHUNKS: gl.constexpr, SLOTS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One warp: the pieces of in_proj's x rows, its z rows and out_proj's rows, layer by layer."""
-    PARTS_IN: gl.constexpr = H // (256 * CHUNKS)
-    PARTS_OUT: gl.constexpr = D // (256 * CHUNKS)
+    PARTS_IN: gl.constexpr = (H + 256 * CHUNKS - 1) // (256 * CHUNKS)
+    PARTS_OUT: gl.constexpr = (D + 256 * CHUNKS - 1) // (256 * CHUNKS)
     OWN_IN: gl.constexpr = (D + P - 1) // P
     OWN_OUT: gl.constexpr = (H + P - 1) // P
     HALF: gl.constexpr = (OWN_IN + WARPS - 1) // WARPS * PARTS_IN
@@ -89,13 +90,15 @@ def _fetch_all(
             row = program * own + local
             exists = (local < own) & (row < gl.where(out, H, D))
             row = (row + gl.where(gate, D, 0)).to(gl.int64)
-            source = gl.where(out, outward, inward) + row * gl.where(out, 2 * D, 2 * H)
+            width, begin = gl.where(out, 2 * D, 2 * H), here % parts * (CHUNKS * 512)
+            source = gl.where(out, outward, inward) + row * width + begin
+            bytes = gl.where(exists, gl.minimum(width - begin, CHUNKS * 512), 0)
             if number >= AHEAD:
                 wait_for(ring[1] + arrived * 8, arrived_phase, lane)
                 arrived_phase = gl.where(arrived == SLOTS - 1, arrived_phase ^ 1, arrived_phase)
                 arrived = gl.where(arrived == SLOTS - 1, 0, arrived + 1)
             wait_for(ring[2] + slot * 8, phase ^ 1, lane)
-            fetch(ring, slot, source + here % parts * (CHUNKS * 512), exists, CHUNKS)
+            fetch(ring, slot, source, bytes, CHUNKS)
             number += 1
             phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
             slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
@@ -111,6 +114,18 @@ def _pairs(start, WIDTH: gl.constexpr, inside):
         at = start + (k * (ROUND // 2) + thread * 2)
         result += ((gl.load(at, mask=here, other=0), gl.load(at + 1, mask=here, other=0)),)
     return result
+
+
+@gluon.jit
+def _four(start, k: gl.constexpr, WIDTH: gl.constexpr):
+    """The numbers of `_pairs` in round k, of (WIDTH,) float32."""
+    thread = gl.arange(0, THREADS, LINE)
+    at = start + (k * ROUND + thread * 4)
+    here = k * ROUND + thread * 4 < WIDTH
+    return (
+        gl.load(at, mask=here, other=0.0), gl.load(at + 1, mask=here, other=0.0),
+        gl.load(at + 2, mask=here, other=0.0), gl.load(at + 3, mask=here, other=0.0),
+    )  # fmt: skip
 
 
 @gluon.jit
@@ -188,12 +203,12 @@ def _convolved(current, window, conv, channel, inside, conv_row):
 
 
 @gluon.jit
-def _x_rows(anchor, table, layer, P: gl.constexpr, D: gl.constexpr, OUTPUTS: gl.constexpr):
-    """This program's rows of x_proj, every P-th: `_pairs` of each."""
+def _x_rows(start, first, P: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, OUTPUTS: gl.constexpr):
+    """This program's rows of x_proj, every P-th from `first` on: `_pairs` of WIDTH of each's D numbers."""
     rows = ()
     for j in gl.static_range((OUTPUTS + P - 1) // P):
-        row = gl.program_id(0) + j * P
-        rows += (_pairs(anchor + _field(table, layer, X) + row * (D // 2), D, row < OUTPUTS),)
+        row = first + j * P
+        rows += (_pairs(start + row * (D // 2), WIDTH, row < OUTPUTS),)
     return rows
 
 
@@ -247,20 +262,23 @@ def _keep_projected(
 
 @gluon.jit
 def _work(
-    ring, memory, anchor, table, hidden, slots, counters, y, conv, ssm, words, shared, peers, rank, waits,
-    eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
+    ring, memory, anchor, table, hidden, residual, slots, counters, y, conv, ssm, words, shared, peers, rank,
+    sharers, x_rank, waits, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
     LAYERS: gl.constexpr, P: gl.constexpr, H: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
-    N: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, CHUNKS: gl.constexpr, SLOTS: gl.constexpr,
-    BEFORE_X: gl.constexpr,
+    N: gl.constexpr, HEADS: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, SHARERS: gl.constexpr,
+    CHUNKS: gl.constexpr, SLOTS: gl.constexpr, BEFORE_X: gl.constexpr, NORMED: gl.constexpr,
 ):  # fmt: skip
     """The other warps."""
-    PARTS_IN: gl.constexpr = H // (256 * CHUNKS)
-    PARTS_OUT: gl.constexpr = D // (256 * CHUNKS)
+    PARTS_IN: gl.constexpr = (H + 256 * CHUNKS - 1) // (256 * CHUNKS)
+    PARTS_OUT: gl.constexpr = (D + 256 * CHUNKS - 1) // (256 * CHUNKS)
     OWN_IN: gl.constexpr = (D + P - 1) // P
     OWN_OUT: gl.constexpr = (H + P - 1) // P
     TURNS: gl.constexpr = (OWN_IN + WARPS - 1) // WARPS
     HOLDS_Y: gl.constexpr = D <= 5120  # else too many registers
     OUTPUTS: gl.constexpr = R + 2 * N
+    OF_HEAD: gl.constexpr = P // HEADS  # programs
+    WIDTH: gl.constexpr = D // HEADS
+    X_SCOPE: gl.constexpr = "gpu" if SHARERS == 1 else "sys"
     H_BYTES: gl.constexpr = (H + VECTOR - 1) // VECTOR * VECTOR * 4
     D_BYTES: gl.constexpr = (D + VECTOR - 1) // VECTOR * VECTOR * 4
     SCOPE: gl.constexpr = "gpu" if RANKS == 1 else "sys"
@@ -280,23 +298,29 @@ def _work(
     patient = (waits[0], 2 * waits[1])  # for what waits for other ranks itself
 
     place = (program * 0, program * 0)
-    epoch = gl.load(counters + program)
+    so_far = gl.load(counters + program)
+    head = program // OF_HEAD
     slot = gl.load(slots).to(gl.int64)
     conv += slot * conv_slot
     ssm += slot * ssm_slot
     gains = _pairs(anchor + _field(table, 0, NORM), H, always)
+    normed = _pairs(hidden.to(WORD), H, always)
     stream = ()
-    start = _pairs(hidden.to(WORD), H, always)
-    for k in gl.static_range((H + ROUND - 1) // ROUND):
-        stream += ((low(start[k][0]), high(start[k][0]), low(start[k][1]), high(start[k][1])),)
-    normed = _normed(stream, gains, H, eps)
+    if residual is None:
+        for k in gl.static_range((H + ROUND - 1) // ROUND):
+            first, second = normed[k][0], normed[k][1]
+            stream += ((low(first), high(first), low(second), high(second)),)
+        normed = _normed(stream, gains, H, eps)
+    else:
+        for k in gl.static_range((H + ROUND - 1) // ROUND):
+            stream += (_four(residual, k, H),)
     _keep(kept, normed, H)
 
     for layer in range(LAYERS):
-        exchange = epoch * LAYERS + layer
+        exchange = so_far + layer
         tag, odd = exchange & 0xFFFF, exchange & 1
         u_words, y_words = words + odd * D_BYTES, words + (2 + odd) * D_BYTES
-        x_part = odd * (RANKS * X_BYTES)
+        x_part = odd * (RANKS * X_BYTES) + head * (OUTPUTS * 4)
         h_part = 2 * RANKS * X_BYTES + odd * (RANKS * H_BYTES)
 
         window = _window(anchor, table, layer, conv, channel, inside, conv_row)
@@ -307,17 +331,18 @@ def _work(
         u = _convolved(total(products + own * 4), window, conv, channel, inside, conv_row)
         publish(u_words + channel.to(gl.int64) * 4, u, tag, inside, "gpu")
 
-        rows = _x_rows(anchor, table, layer, P, D, OUTPUTS)
+        x_start = anchor + _field(table, layer, X) + head * (WIDTH // 2)
+        rows = _x_rows(x_start, program % OF_HEAD, OF_HEAD, D, WIDTH, OUTPUTS)
         z_at = products + 4 * CHANNELS * WARPS
         for i in range(BEFORE_X):
             place = multiply(place, ring, x, z_at + i * 32, PARTS_IN, CHUNKS, SLOTS, True)
-        whole = poll(u_words, 0, D, tag, patient, FAILED + rank, D, 1, "gpu")
-        share = _project(rows, whole, wide, P, D, OUTPUTS)
-        output = program + thread * P
-        real = (thread < (OUTPUTS + P - 1) // P) & (output < OUTPUTS)
-        for r in gl.static_range(RANKS):
-            to = peers[r] + (x_part + rank * X_BYTES + output.to(gl.int64) * 4)
-            publish(to, share, tag, real, SCOPE)
+        whole = poll(u_words + head * (WIDTH * 4), 0, WIDTH, tag, patient, FAILED + rank, WIDTH, 1, "gpu")
+        share = _project(rows, whole, wide, OF_HEAD, WIDTH, OUTPUTS)
+        output = program % OF_HEAD + thread * OF_HEAD
+        real = (thread < (OUTPUTS + OF_HEAD - 1) // OF_HEAD) & (output < OUTPUTS)
+        for r in gl.static_range(SHARERS):
+            to = sharers[r] + (x_part + x_rank * X_BYTES + output.to(gl.int64) * 4)
+            publish(to, share, tag, real, X_SCOPE)
 
         before = gl.load(ssm + cell, mask=inside[:, None], other=0.0)
         rates = gl.load(
@@ -336,8 +361,9 @@ def _work(
         gate = silu(rounded(total(z_at + own * 4)))
         rates = -gl.exp2(rates * LOG2_E) * LOG2_E
 
-        given = poll(shared + x_part, X_BYTES, OUTPUTS, tag, waits, FAILED, OUTPUTS, RANKS, SCOPE)
-        _keep_projected(wide, given, rms_eps, R, N, RMS, RANKS)
+        blamed = FAILED + rank - x_rank
+        given = poll(shared + x_part, X_BYTES, OUTPUTS, tag, waits, blamed, OUTPUTS, SHARERS, X_SCOPE)
+        _keep_projected(wide, given, rms_eps, R, N, RMS, SHARERS)
         dt = load2(wide + pair * 8)
         B, C = load1(wide + (R + n) * 4), load1(wide + (R + N + n) * 4)
         dot = low(expand) * dt[0][None, :] + high(expand) * dt[1][None, :]
@@ -375,26 +401,33 @@ def _work(
     if program == 0:
         for k in gl.static_range((H + ROUND - 1) // ROUND):
             exists = k * ROUND + thread * 4 < H
-            to = y.to(WORD) + (k * (ROUND // 2) + thread * 2)
-            gl.store(to, normed[k][0], mask=exists)
-            gl.store(to + 1, normed[k][1], mask=exists)
-    gl.store(counters + program, epoch + 1)
+            if NORMED:
+                to = y.to(WORD) + (k * (ROUND // 2) + thread * 2)
+                for i in gl.static_range(2):
+                    gl.store(to + i, normed[k][i], mask=exists)
+            else:
+                for i in gl.static_range(4):
+                    gl.store(y + (k * ROUND + thread * 4 + i), stream[k][i], mask=exists)
+    gl.store(counters + program, so_far + LAYERS)
 
 
-@gluon.jit(do_not_specialize=["rank"])
+@gluon.jit(do_not_specialize=["rank", "x_rank"])
 def layers_kernel(
-    anchor, table, hidden, slots, counters, y, conv, ssm, words, shared, peers, rank, error, limit, eps,
-    rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
+    anchor, table, hidden, residual, slots, counters, y, conv, ssm, words, shared, peers, rank, sharers,
+    x_rank, error, limit, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
     LAYERS: gl.constexpr, P: gl.constexpr, H: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
-    N: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, CHUNKS: gl.constexpr, SLOTS: gl.constexpr,
-    BEFORE_X: gl.constexpr, AHEAD: gl.constexpr,
+    N: gl.constexpr, HEADS: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, SHARERS: gl.constexpr,
+    CHUNKS: gl.constexpr, SLOTS: gl.constexpr, BEFORE_X: gl.constexpr, AHEAD: gl.constexpr,
+    NORMED: gl.constexpr,
 ):  # fmt: skip
     """One of P programs, all at once on the GPU.
 
     table, (LAYERS + 1, FIELDS) int64: how far parameters are from the anchor, an int32 pointer; the last row
-    has the final norm. hidden, y: (H,) bfloat16. conv, ssm: states of the first layer. words, shared:
-    addresses of the words of this GPU, and of those that ranks send; peers: the latter of each rank.
-    counters: (P,), steps so far. BEFORE_X: turns of z before x_proj.
+    has the norm of NORMED. hidden: (H,) bfloat16, the residual stream, or with a residual, (H,) float32, the
+    first layer's normed input. y: (H,), the last norm of the stream in bfloat16 if NORMED, else the stream in
+    float32. conv, ssm: states of the first layer. words, shared: addresses of the words of this GPU, and of
+    those that ranks send; peers: the latter of each rank; sharers: of those that have a part of this rank's
+    heads. counters: (P,), layers so far. BEFORE_X: turns of z before x_proj.
     """
     D_BYTES: gl.constexpr = (D + VECTOR - 1) // VECTOR * VECTOR * 2
     H_BYTES: gl.constexpr = (H + VECTOR - 1) // VECTOR * VECTOR * 2
@@ -405,6 +438,8 @@ def layers_kernel(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     arena = gl.allocate_shared_memory(gl.int32, [(BYTES + 4095) // 4096, 1024], FLAT)
     start = address_of(arena)
+    if H % (256 * CHUNKS) or D % (256 * CHUNKS):
+        clear(start, (RING + 4095) // 4096 * 4096)
     kept = start + RING
     wide = kept + KEPT
     products = wide + 4 * ROUND
@@ -415,14 +450,15 @@ def layers_kernel(
     gl.warp_specialize(
         [
             (_work, (
-                ring, (kept, wide, products), anchor, table, hidden, slots, counters, y, conv, ssm, words,
-                shared, peers, rank, waits, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer,
-                ssm_slot, LAYERS, P, H, D, R, N, RMS, RANKS, CHUNKS, SLOTS, BEFORE_X,
+                ring, (kept, wide, products), anchor, table, hidden, residual, slots, counters, y, conv, ssm,
+                words, shared, peers, rank, sharers, x_rank, waits, eps, rms_eps, conv_layer, conv_slot,
+                conv_row, ssm_layer, ssm_slot, LAYERS, P, H, D, R, N, HEADS, RMS, RANKS, SHARERS, CHUNKS,
+                SLOTS, BEFORE_X, NORMED,
             )),
             (_fetch_all, (ring, anchor, table, LAYERS, P, H, D, CHUNKS, SLOTS, AHEAD)),
         ],
         [1], [48],
     )  # fmt: skip
     # Shared memory is somebody else's after its last use: here, in a branch that is never taken.
-    if gl.load(counters) < 0:
+    if limit < 0:
         gl.store(counters + gl.maximum(arena.index(0).load(LINE), 0), 0)

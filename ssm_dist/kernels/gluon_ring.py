@@ -1,10 +1,10 @@
 """Weights streamed through a ring in shared memory by a warp of their own, and their products (Gluon, sm_90).
 
-A piece is eight rows, or a part of their width. The fetching warp asks for the pieces of all layers in the
-order of their use, by bulk copies, a row a lane, as soon as there is room; so memory stays busy while the
-other warps wait for each other. It never has more than AHEAD pieces in flight: with more, the words of
-`gluon_words` would stand behind megabytes of weights (a step of mamba-2.8b: 1.42 ms with 60 KB in flight a
-multiprocessor, 1.58 ms with 200 KB).
+A piece is eight rows, or a part of their width; the last part may be narrower, and x is zero past it. The
+fetching warp asks for the pieces of all layers in the order of their use, by bulk copies, a row a lane, as
+soon as there is room; so memory stays busy while the other warps wait for each other. It never has more than
+AHEAD pieces in flight: with more, the words of `gluon_words` would stand behind megabytes of weights (a step
+of mamba-2.8b: 1.42 ms with 60 KB in flight a multiprocessor, 1.58 ms with 200 KB).
 
 A product is that of m16n8k16: eight rows of the weight at the right, x as each of 16 rows at the left. Each
 warp has its share of the width; since a sum over k may go in any order, the eight neighbours that a lane
@@ -81,36 +81,43 @@ def _release(at, like):
     )  # fmt: skip
 
 
-@gluon.constexpr_function
-def _fetching(size, lanes):
-    """Each of the first lanes asks for its row where there is one, and arrives in any case."""
-    return f"""
-{{
+# Each of the first lanes asks for its row where that has bytes, and arrives in any case.
+FETCH = gl.constexpr("""
+{
     .reg .pred p, q;
     .reg .u32 lane;
     mov.u32 lane, %laneid;
-    setp.lt.u32 q, lane, {lanes};
+    setp.lt.u32 q, lane, $5;
     setp.ne.and.s32 p, $4, 0, q;
     setp.eq.and.s32 q, $4, 0, q;
     @q mbarrier.arrive.shared::cta.b64 _, [$3];
-    @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], {size};
-    @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$2], {size}, [$3];
+    @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$3], $4;
+    @p cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$1], [$2], $4, [$3];
     mov.b32 $0, 0;
-}}"""
+}""")
 
 
 @gluon.jit
-def fetch(ring, slot, source, exists, CHUNKS: gl.constexpr):
-    """Ask for a piece: source, (32,) int64, addresses of the rows' parts of CHUNKS x 512 bytes each.
+def fetch(ring, slot, source, bytes, CHUNKS: gl.constexpr):
+    """Ask for a piece: source, (32,) int64, addresses of the parts of rows; bytes: of each, or 0 for none.
 
     ring: addresses of the pieces, of the barriers of their arrival, and of those of their release.
     """
     row = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     to = ring[0] + (slot * WARPS + row) * (CHUNKS * 512 + 64)  # rows 64 bytes apart in the banks
     gl.inline_asm_elementwise(
-        _fetching(CHUNKS * 512, WARPS), "=r,r,l,r,r", [to, source, ring[1] + slot * 8, exists.to(gl.int32)],
-        gl.int32, is_pure=False, pack=1,
+        FETCH, "=r,r,l,r,r,r", [to, source, ring[1] + slot * 8, bytes, WARPS], gl.int32,
+        is_pure=False, pack=1,
     )  # fmt: skip
+
+
+@gluon.jit
+def clear(at, BYTES: gl.constexpr):
+    """Zeros from the address `at` on: what is not fetched of a padded width must be finite."""
+    thread = gl.arange(0, THREADS, LINE)
+    zero = gl.zeros([THREADS], gl.float32, LINE)
+    for k in range(BYTES // (16 * THREADS)):
+        store4(at + (k * THREADS + thread) * 16, zero, zero, zero, zero)
 
 
 @gluon.jit

@@ -50,6 +50,11 @@ class ModelState:
     attention: list[KVPages] = field(default_factory=list)
     """One an attention call site; empty for pure state-space models."""
 
+    def of_layers(self, layers: slice = slice(None)) -> tuple[list[Tensor], list[Tensor]]:
+        """The convolution's states of some layers, and the scan's."""
+        mixers = self.mixers[layers]
+        return [mixer.conv for mixer in mixers], [mixer.ssm for mixer in mixers]
+
 
 @dataclass(frozen=True)
 class StateShapes:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from ssm_dist.kernels.decode_layers import LayerStack
 from ssm_dist.models.batch import ModelState, RaggedBatch, StateShapes
 from ssm_dist.models.layers import AddRMSNorm, Linear
 from ssm_dist.models.mixer import MixerConfig
@@ -50,6 +51,16 @@ class LanguageModel(nn.Module, ABC):
         self.head = Linear(config.d_model, config.vocab_rows, bias=False)
         if config.tied_head:
             self.head.weight = self.embedding.weight
+        self.stacks: list[LayerStack] = []
+        """One for each of `runs`, where decode steps of one sequence go by them; else empty."""
+
+    def goes_by_stacks(self, batch: RaggedBatch) -> bool:
+        """Whether a batch is for `stacks`."""
+        return bool(self.stacks) and batch.decode and len(batch.tokens) == 1
+
+    @abstractmethod
+    def runs(self) -> list[range]:
+        """The layers that follow each other with nothing but a norm between them, run by run."""
 
     @abstractmethod
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ssm_dist.errors import UserError
-from ssm_dist.kernels.decode_layers import LayerStack, LayerWeights
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch, StateShapes
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.layers import AddRMSNorm
@@ -122,17 +121,6 @@ class MambaLayer(nn.Module):
         hidden, residual = self.norm(branch, residual)
         return self.mixer(hidden, batch, state), residual
 
-    def weights(self) -> LayerWeights | None:
-        """Its parameters, for a `LayerStack`; None where it has others than that knows, or several heads."""
-        mixer = self.mixer
-        biased = mixer.in_proj.bias is not None or mixer.out_proj.bias is not None
-        if biased or mixer.conv.bias is None or mixer.x_proj.heads > 1:
-            return None
-        return LayerWeights(
-            self.norm.weight, mixer.in_proj.weight, mixer.conv.weight, mixer.conv.bias, mixer.x_proj.weight.T,
-            mixer.dt_proj.weight, mixer.dt_proj.bias, mixer.A_log, mixer.D, mixer.out_proj.weight,
-        )  # fmt: skip
-
 
 class Mamba(LanguageModel):
     """The language model."""
@@ -140,19 +128,20 @@ class Mamba(LanguageModel):
     def __init__(self, config: MambaConfig) -> None:
         super().__init__(config)
         self.layers = nn.ModuleList(MambaLayer(config) for _ in range(config.n_layers))
-        self.stack: LayerStack | None = None
-        """What runs all layers at once in decode steps of one sequence, where somebody has made it."""
 
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
         """See `LanguageModel`."""
-        if self.stack is not None and batch.decode and len(batch.tokens) == 1:
-            conv, ssm = [layer.conv for layer in state.mixers], [layer.ssm for layer in state.mixers]
-            return self.stack.step(self.embedding(batch.tokens), batch.slots, conv, ssm)
+        if self.goes_by_stacks(batch):
+            return self.stacks[0].step(self.embedding(batch.tokens), None, batch.slots, *state.of_layers())
         branch, residual = None, self.embedding(batch.tokens).float()
         for layer, layer_state in zip(self.layers, state.mixers, strict=True):
             branch, residual = layer(branch, residual, batch, layer_state)
         hidden: Tensor = self.final_norm(branch, residual)[0]
         return hidden
+
+    def runs(self) -> list[range]:
+        """See `LanguageModel`."""
+        return [range(len(self.layers))]
 
     def state_shapes(self) -> StateShapes:
         """See `LanguageModel`."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_dist import kernels
+from ssm_dist.kernels.decode_layers import LayerWeights
 from ssm_dist.kernels.linear import linear_by_head
 from ssm_dist.models.batch import MixerState, RaggedBatch
 from ssm_dist.models.layers import Linear, PackedLinear
@@ -59,8 +60,12 @@ class HeadwiseProjection(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (T, channels held) -> (T, heads held, d_out); a part of a head counts as one."""
-        heads_held = max(1, self.weight.shape[0] // self.head_dim)
-        return kernels.project_heads(x, self.weight, heads_held)
+        return kernels.project_heads(x, self.weight, self.heads_held)
+
+    @property
+    def heads_held(self) -> int:
+        """Heads of which this rank holds channels."""
+        return max(1, self.weight.shape[0] // self.head_dim)
 
     def arrange(self) -> None:
         """Let the weight be a view of (d_out, channels held), which decode steps read fastest."""
@@ -100,6 +105,15 @@ class MambaMixer(nn.Module):
         x, z = self.in_proj(hidden)
         mix = self._step if batch.decode else self._scan
         return self.out_proj(mix(x, z, batch, state))
+
+    def with_norm(self, norm: Tensor) -> LayerWeights | None:
+        """Its parameters and those of the norm before it, for a `LayerStack`; None where they have others."""
+        if self.in_proj.bias is not None or self.out_proj.bias is not None or self.conv.bias is None:
+            return None
+        return LayerWeights(
+            norm, self.in_proj.weight, self.conv.weight, self.conv.bias, self.x_proj.weight.T,
+            self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight,
+        )  # fmt: skip
 
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""

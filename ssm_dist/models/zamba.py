@@ -198,10 +198,18 @@ class ZambaLayer(nn.Module):
         batch: RaggedBatch, state: MixerState, pages: KVPages,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """`forward` of a hybrid layer, which needs the word embeddings, too."""
+        hidden, residual = self.before_mixer(branch, residual, embedded, shared, batch, pages)
+        return self.mixer(hidden, batch, state), residual
+
+    def before_mixer(
+        self, branch: Tensor | None, residual: Tensor, embedded: Tensor, shared: SharedBlock,
+        batch: RaggedBatch, pages: KVPages,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What goes into the mixer of a hybrid layer, and the residual stream with the branch."""
         assert self.linear is not None
         output, residual = shared(branch, residual, embedded, batch, pages)
         hidden, _ = self.norm(self.linear(output), residual)
-        return self.mixer(hidden, batch, state), residual
+        return hidden, residual
 
 
 class Zamba(LanguageModel):
@@ -216,6 +224,8 @@ class Zamba(LanguageModel):
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
         """See `LanguageModel`."""
         embedded = self.embedding(batch.tokens)
+        if self.goes_by_stacks(batch):
+            return self._by_stacks(embedded, batch, state)
         branch, residual, sites = None, embedded.float(), iter(state.attention)
         for layer, mixer in zip(self.layers, state.mixers, strict=True):
             assert isinstance(layer, ZambaLayer)
@@ -226,6 +236,27 @@ class Zamba(LanguageModel):
                 branch, residual = layer.hybrid(branch, residual, embedded, self.shared, batch, mixer, site)
         hidden: Tensor = self.final_norm(branch, residual)[0]
         return hidden
+
+    def _by_stacks(self, embedded: Tensor, batch: RaggedBatch, state: ModelState) -> Tensor:
+        """`forward` of one token, a run of layers at a time."""
+        stream, sites = embedded.float(), iter(state.attention)
+        for run, stack in zip(self.runs(), self.stacks, strict=True):
+            first, states = self.layers[run.start], state.of_layers(slice(run.start, run.stop))
+            assert isinstance(first, ZambaLayer)
+            if first.linear is None:
+                stream = stack.step(embedded, None, batch.slots, *states)
+            else:
+                hidden, stream = first.before_mixer(
+                    None, stream, embedded, self.shared, batch, next(sites)
+                )
+                stream = stack.step(hidden, stream, batch.slots, *states)
+        return stream
+
+    def runs(self) -> list[range]:
+        """See `LanguageModel`."""
+        hybrid = [i for i, layer in enumerate(self.layers) if layer.linear is not None]
+        starts = sorted({0, *hybrid})
+        return [range(a, b) for a, b in zip(starts, [*starts[1:], len(self.layers)], strict=True)]
 
     def state_shapes(self) -> StateShapes:
         """See `LanguageModel`."""

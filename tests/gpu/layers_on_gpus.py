@@ -14,25 +14,42 @@ from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import KernelsConfig
 from ssm_dist.fused_layers import fuse_layers
 from ssm_dist.kernels import backend
-from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
+from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
 from ssm_dist.models.falcon_mamba import FalconMamba, FalconMambaConfig
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
 from ssm_dist.models.mixer import arrange_weights
-from ssm_dist.parallel import Reductions, TensorParallel, Wire, apply_plan, localise
+from ssm_dist.models.zamba import Zamba, ZambaConfig
+from ssm_dist.parallel import Plan, Reductions, TensorParallel, Wire, apply_plan, localise
 from ssm_dist.parallel.collectives import RankFailure, wait_for_event
 from ssm_dist.parallel.plans.falcon_mamba import FALCON_MAMBA_PLAN
 from ssm_dist.parallel.plans.mamba import MAMBA_PLAN
+from ssm_dist.parallel.plans.zamba import ZAMBA_PLAN
+from ssm_dist.state_sizes import PAGE_TOKENS
 
 SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"d_model": 1024, "d_inner": 2048, "dt_rank": 64, "n_layers": 5},
     "wide mamba": {"d_model": 2560, "d_inner": 5120, "dt_rank": 160, "n_layers": 2},
     "falcon": {"d_model": 1024, "d_inner": 2048, "dt_rank": 256, "n_layers": 4},
     "wide falcon": {"d_model": 4096, "d_inner": 8192, "dt_rank": 256, "n_layers": 1},
-}
-MANY, FEW = 1000, 200
-"""Steps of the small models, and of the wide ones."""
+    # no multiples of 256; two heads
+    "zamba": {
+        "d_model": 1984, "d_inner": 3968, "dt_rank": 120, "n_layers": 5, "hybrid_layers": (1, 4),
+        "attention_heads": 4, "attention_head_dim": 64, "d_mlp": 256,
+    },
+}  # fmt: skip
+MANY, FEW = 1000, 100
+"""Steps of `mamba` with float32 states, and of the others."""
 SLOTS = 4
+PAGES = MANY // PAGE_TOKENS + 1
+"""Of a slot."""
 EXACT = Wire("none", 128, "auto")
+KINDS: dict[str, tuple[Any, Any, Plan]] = {
+    "mamba": (Mamba, MambaConfig, MAMBA_PLAN),
+    "falcon": (FalconMamba, FalconMambaConfig, FALCON_MAMBA_PLAN),
+    "zamba": (Zamba, ZambaConfig, ZAMBA_PLAN),
+}
+"""By how a name ends."""
 
 
 @dataclass(frozen=True)
@@ -58,28 +75,31 @@ def found(name: str, state_dtype: torch.dtype = torch.float32) -> Found:
     with backend.using("triton", device):
         model, truth = _model(name, tp, device), _model(name, None, device).float()
         fuse_layers(model, tp, KernelsConfig(), "triton", device)
-        stack = model.stack
-        assert stack is not None
+        stacks = model.stacks
+        assert stacks
         states = [_states(m, device, state_dtype) for m in (model, model)]
         exact = _states(truth, device, torch.float32)
-        errors: list[list[float]] = [[], []]
+        errors: list[list[Tensor]] = [[], []]
         outputs = []
-        draw = torch.Generator().manual_seed(1)
-        for _ in range(FEW if "wide" in name else MANY if state_dtype == torch.float32 else FEW):
-            token, slot = torch.randint(0, 64, (2,), generator=draw).tolist()
-            batch = _batch(token, slot % (SLOTS - 1), device)
+        draw, places = torch.Generator().manual_seed(1), [0] * SLOTS
+        for _ in range(MANY if name == "mamba" and state_dtype == torch.float32 else FEW):
+            token, slot = torch.randint(0, 60, (2,), generator=draw).tolist()
+            slot %= SLOTS - 1
+            batch = _batch(token, slot, device, places[slot])
+            places[slot] += 1
             with backend.using("reference", device):
                 expected = truth(batch, exact)
             for way, state in enumerate(states):
-                model.stack = stack if way == 0 else None
+                model.stacks = stacks if way == 0 else []
                 y = model(batch, state)
-                errors[way].append(float((y - expected).norm() / expected.norm()))
+                errors[way].append((y - expected).norm() / expected.norm())
                 if way == 0:
-                    outputs.append(y[0].cpu())
+                    outputs.append(y[0].clone())
     mine = slice(0, None) if tp is None else _part(tp, exact.mixers[0].ssm.shape[1])
     apart = [_states_apart(state, exact, mine) for state in states]
     idle = all(bool((m.ssm[-1] == 1).all() and (m.conv[-1] == 1).all()) for m in states[0].mixers)
-    return Found(errors[0], errors[1], (apart[0], apart[1]), idle, torch.stack(outputs))
+    fused, by_layers = (torch.stack(each).tolist() for each in errors)
+    return Found(fused, by_layers, (apart[0], apart[1]), idle, torch.stack(outputs).cpu())
 
 
 def answers(fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:
@@ -108,9 +128,8 @@ def without_a_rank() -> tuple[str, float]:
             return "", 0.0
         begun = time.monotonic()
         batch, hidden = _batch(2, 0, device), torch.ones(1, 1024, dtype=torch.bfloat16, device=device)
-        assert model.stack is not None  # not through the embedding, whose sum would wait first
-        conv, ssm = [m.conv for m in state.mixers], [m.ssm for m in state.mixers]
-        model.stack.step(hidden, batch.slots, conv, ssm)
+        # not through the embedding, whose sum would wait first
+        model.stacks[0].step(hidden, None, batch.slots, *state.of_layers())
         done = torch.cuda.Event()
         done.record()
         try:
@@ -140,40 +159,45 @@ def _ranks(timeout_seconds: float) -> TensorParallel | None:
     return tp
 
 
-def _model(name: str, tp: TensorParallel | None, device: torch.device) -> Mamba:
-    falcon = "falcon" in name
-    sizes = {"vocab_size": 64, "tied_head": True, **SIZES[name]}
-    config = FalconMambaConfig(**sizes) if falcon else MambaConfig(**sizes)
+def _model(name: str, tp: TensorParallel | None, device: torch.device) -> LanguageModel:
+    make: Any
+    make, config, plan = next(kind for family, kind in KINDS.items() if name.endswith(family))
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            model = FalconMamba(config) if falcon else Mamba(config)  # type: ignore[arg-type]
+            model: LanguageModel = make(config(vocab_size=64, tied_head=True, **SIZES[name]))
     finally:
         torch.set_default_dtype(default)
     if tp is not None:
-        apply_plan(model, tp, FALCON_MAMBA_PLAN if falcon else MAMBA_PLAN)
+        apply_plan(model, tp, plan)
     random_parameters(model, device=device, dtype=torch.bfloat16)
     localise(model)
     arrange_weights(model)
     return model.eval().requires_grad_(False)
 
 
-def _states(model: Mamba, device: torch.device, state_dtype: torch.dtype) -> ModelState:
+def _states(model: LanguageModel, device: torch.device, state_dtype: torch.dtype) -> ModelState:
     """Zeros, and ones in the last slot."""
     shapes, dtype = model.state_shapes(), model.embedding.weight.dtype
     conv = torch.zeros(shapes.layers, SLOTS, *shapes.conv, dtype=dtype, device=device)
     ssm = torch.zeros(shapes.layers, SLOTS, *shapes.ssm, dtype=state_dtype, device=device)
     conv[:, -1], ssm[:, -1] = 1, 1
-    return ModelState([MixerState(c, s) for c, s in zip(conv, ssm, strict=True)])
+    sites = (shapes.attention_sites, 2, SLOTS * PAGES, PAGE_TOKENS, *shapes.kv)
+    kv = torch.zeros(sites, dtype=dtype, device=device)
+    mixers = [MixerState(c, s) for c, s in zip(conv, ssm, strict=True)]
+    return ModelState(mixers, [KVPages(*site) for site in kv])
 
 
-def _batch(token: int, slot: int, device: torch.device) -> RaggedBatch:
+def _batch(token: int, slot: int, device: torch.device, place: int = 0) -> RaggedBatch:
     def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
     whole = torch.int64
-    return RaggedBatch(ints(token, dtype=whole), ints(0, 1), ints(slot), ints(0, dtype=whole), decode=True)
+    pages = ints(*range(slot * PAGES, (slot + 1) * PAGES))[None]
+    return RaggedBatch(
+        ints(token, dtype=whole), ints(0, 1), ints(slot), ints(place, dtype=whole), decode=True, pages=pages
+    )
 
 
 def _part(tp: TensorParallel, channels: int) -> slice:

@@ -83,11 +83,18 @@ MATRIX = {
 }  # fmt: skip
 
 
-def layers(d_model: int, channels: int, dt_rank: int, ranks: int = 1, rms: bool = False) -> dict[str, Any]:
-    """Of `gluon_layers`, on a GPU of 132 multiprocessors."""
+def layers(
+    d_model: int, channels: int, dt_rank: int, ranks: int = 1, rms: bool = False, heads: int = 1,
+    between: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """Of `gluon_layers`, on a GPU of 132 multiprocessors; `between`: from a normed input to the stream."""
     programs = decode_layers.programs_of(d_model, 132)
+    sharers = ranks if heads == 1 else 1
     return {
         **decode_layers.kernel_sizes(d_model, channels, dt_rank, 16, 64, programs, ranks), "RMS": rms,
+        "HEADS": max(1, heads // ranks), "SHARERS": sharers, "sharers": ("i64",) * sharers,
+        "residual": "*fp32" if between else None, "NORMED": not between,
+        **({"y": "*fp32"} if between else {}),
         "anchor": "*i32", "table": "*i64", "hidden": "*bf16", "conv": "*bf16", "ssm": "*fp32",
         **dict.fromkeys(("words", "shared", "error", "limit"), "i64"), "peers": ("i64",) * ranks,
         "eps": "fp32", "rms_eps": "fp32", "num_warps": 8,
@@ -179,6 +186,8 @@ KERNELS: dict[str, Case] = {
             "falcon-mamba-7b": layers(4096, 8192, 256, rms=True),
             "mamba-2.8b at degree 2": layers(2560, 2560, 160, 2),
             "falcon-mamba-7b at degree 4": layers(4096, 2048, 256, 4, rms=True),
+            "zamba-7b": layers(3712, 7424, 232, heads=2, between=True),
+            "zamba-7b at degree 2": layers(3712, 3712, 232, 2, heads=2, between=True),
         }.items()
     },
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
@@ -201,15 +210,16 @@ def compiled(
     options: dict[str, Any] = {"enable_fp_fusion": True}
     options |= {k: given[k] for k in LAUNCH_OPTIONS if k in given}
     types = {p.name: given.get(p.name, TYPES.get(p.name, "i32")) for p in kernel.params}
-    constants = {(p.num,): given[p.name] for p in kernel.params if p.is_constexpr}
+    constant = {p.name for p in kernel.params if p.is_constexpr or types[p.name] is None}
+    constants = {(p.num,): given[p.name] for p in kernel.params if p.name in constant}
     aligned = [
         p.num
         for p in kernel.params
-        if not (p.is_constexpr or p.do_not_specialize or types[p.name] == "fp32" or p.name in unaligned)
+        if not (p.name in constant or p.do_not_specialize or types[p.name] == "fp32" or p.name in unaligned)
     ]
     source = (GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource)(
         fn=kernel,
-        signature={p.name: "constexpr" if p.is_constexpr else types[p.name] for p in kernel.params},
+        signature={p.name: "constexpr" if p.name in constant else types[p.name] for p in kernel.params},
         constexprs=constants,
         attrs={(n,): [["tt.divisibility", 16]] for n in aligned},
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,11 +14,17 @@ from ssm_dist.config import KernelsConfig
 from ssm_dist.fused_layers import fuse_layers
 from ssm_dist.kernels import decode_layers
 from ssm_dist.kernels.decode_layers import ARENA_BYTES, CHANNELS, kernel_sizes, programs_of, reason_against
-from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch
+from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
+from ssm_dist.models.mixer import MambaMixer
+from ssm_dist.models.zamba import Zamba, ZambaConfig
 from ssm_dist.registry import preset
+from ssm_dist.state_sizes import PAGE_TOKENS
 
-PRESETS = ["mamba-130m", "mamba-370m", "mamba-790m", "mamba-1.4b", "mamba-2.8b", "falcon-mamba-7b"]
+PRESETS = [
+    "mamba-130m", "mamba-370m", "mamba-790m", "mamba-1.4b", "mamba-2.8b", "falcon-mamba-7b", "zamba-7b",
+]  # fmt: skip
 CPU = torch.device("cpu")
 
 
@@ -28,15 +33,18 @@ CPU = torch.device("cpu")
 def test_what_the_kernel_relies_on(name: str, degree: int) -> None:
     sizes = preset(name)[1]
     channels = sizes.d_inner // degree
-    if channels % 256:
-        pytest.skip("layer by layer")
     programs = programs_of(sizes.d_model, 132)
     found = kernel_sizes(sizes.d_model, channels, sizes.dt_rank, 16, sizes.n_layers, programs, degree)
-    outputs = math.ceil(sizes.d_model / programs)
+    outputs, own = math.ceil(sizes.d_model / programs), math.ceil(channels / programs)
     assert programs <= 132
     assert (programs - 1) * outputs < sizes.d_model <= programs * outputs, "a program without outputs"
-    assert math.ceil(channels / programs) <= CHANNELS
-    assert sizes.d_model % (256 * found["CHUNKS"]) == channels % (256 * found["CHUNKS"]) == 0
+    assert own <= CHANNELS
+    if sizes.heads > degree:
+        heads = sizes.heads // degree
+        assert own * (programs // heads) * heads == channels, "a program with channels of two heads"
+    for width in (sizes.d_model, channels):
+        padded = math.ceil(width / (256 * found["CHUNKS"])) * 256 * found["CHUNKS"]
+        assert padded <= math.ceil(width / 1024) * 1024, "x has no zeros there"
     assert 1 < found["AHEAD"] < found["SLOTS"]
     ring = found["SLOTS"] * (8 * (found["CHUNKS"] * 512 + 64) + 16)
     assert ring > 130_000, "too little to stream while the programs wait for each other"
@@ -45,82 +53,104 @@ def test_what_the_kernel_relies_on(name: str, degree: int) -> None:
 
 @pytest.mark.parametrize("biased", [False, True])
 def test_a_cpu_goes_layer_by_layer(biased: bool) -> None:
-    model = _model(use_bias=biased)
+    model = _model("mamba", use_bias=biased)
     fuse_layers(model, None, KernelsConfig(), "triton", CPU)
-    assert model.stack is None
-    weights = model.layers[0].weights()  # type: ignore[operator]
+    assert model.stacks == []
+    mixer = model.layers[0].mixer
+    assert isinstance(mixer, MambaMixer)
+    weights = mixer.with_norm(model.final_norm.weight)
     assert (weights is None) == biased
     if weights is not None:
         assert [t.is_contiguous() for t in weights.all()] == [True] * 4 + [False] + [True] * 5
-        assert "Hopper" in str(reason_against(weights, CPU))
+        assert "Hopper" in str(reason_against(weights, 1, CPU))
+
+
+def test_runs_begin_at_hybrid_layers() -> None:
+    assert _model("mamba").runs() == [range(5)]
+    assert _model("zamba").runs() == [range(1), range(1, 3), range(3, 5)]
+    assert _model("zamba", hybrid_layers=(0, 2)).runs() == [range(2), range(2, 5)]
 
 
 class _ByLayers:
-    """A stack of layers that go through the model's own code."""
+    """A run of layers that go through the model's own code."""
 
-    name = "by layers"
-
-    def __init__(self, model: Mamba) -> None:
-        self.model, self.steps = model, 0
+    def __init__(self, model: LanguageModel, run: range) -> None:
+        self.name, self.model, self.run, self.steps = f"{run}", model, run, 0
+        self.last = run.stop == len(model.layers)
 
     def step(self, *given: Any) -> Tensor:
         return decode_layers.decode_layers(*given, self.name)  # type: ignore[no-any-return]
 
-    def launch(self, hidden: Tensor, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]) -> Tensor:
+    def result_like(self, hidden: Tensor) -> Tensor:
+        return torch.empty_like(hidden)
+
+    def launch(
+        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]
+    ) -> Tensor:
         self.steps += 1
-        state = ModelState([MixerState(c, s) for c, s in zip(conv, ssm, strict=True)])
-        batch, branch, residual = _batch(0, slots), None, hidden.float()
-        for layer, layer_state in zip(self.model.layers, state.mixers, strict=True):
-            branch, residual = layer(branch, residual, batch, layer_state)
-        return self.model.final_norm(branch, residual)[0]  # type: ignore[no-any-return]
-
-
-@pytest.fixture
-def stacked() -> Iterator[tuple[Mamba, _ByLayers]]:
-    """A model, and a stack for it that is known by its name."""
-    model = _model()
-    stack = _ByLayers(model)
-    decode_layers._stacks[stack.name] = stack  # type: ignore[assignment]
-    yield model, stack
-    del decode_layers._stacks[stack.name]
+        batch, branch = _batch(0, slots), None
+        for i, *states in zip(self.run, conv, ssm, strict=True):
+            layer, state = self.model.layers[i], MixerState(*states)
+            if branch is None and residual is not None:
+                branch = layer.mixer(hidden, batch, state)  # type: ignore[operator]
+            else:
+                stream = hidden if residual is None else residual
+                branch, residual = layer(branch, stream, batch, state)
+        assert branch is not None
+        assert residual is not None
+        return self.model.final_norm(branch, residual)[0] if self.last else branch + residual
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-def test_steps_of_one_sequence_are_the_operators_and_others_are_not(
-    compiled: bool, stacked: tuple[Mamba, _ByLayers]
-) -> None:
-    model, stack = stacked
+@pytest.mark.parametrize("name", ["mamba", "zamba"])
+def test_steps_of_one_sequence_go_by_the_operator_and_others_do_not(name: str, compiled: bool) -> None:
+    if compiled and name == "zamba":
+        pytest.skip("the definition of attention reads sizes back")
+    model = _model(name)
+    stacks = [_ByLayers(model, run) for run in model.runs()]
+    decode_layers._stacks.update({stack.name: stack for stack in stacks})  # type: ignore[misc]
     run = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
     for slots in ([2], [0, 1], [2]):
         states = [_states(model), _states(model)]
         batch = _batch(7, torch.tensor(slots, dtype=torch.int32))
-        model.stack = None
+        model.stacks = []
         expected = model(batch, states[0])
-        model.stack, before = stack, stack.steps  # type: ignore[assignment]
-        assert torch.equal(run(batch, states[1]), expected)
-        assert stack.steps - before == (len(slots) == 1)
+        model.stacks, before = stacks, [stack.steps for stack in stacks]  # type: ignore[assignment]
+        torch.testing.assert_close(run(batch, states[1]), expected)
+        assert [stack.steps - n for stack, n in zip(stacks, before, strict=True)] == [
+            int(len(slots) == 1)
+        ] * len(stacks)
         for own, other in zip(states[1].mixers, states[0].mixers, strict=True):
-            assert torch.equal(own.conv, other.conv)
-            assert torch.equal(own.ssm, other.ssm)
+            torch.testing.assert_close(own.conv, other.conv)
+            torch.testing.assert_close(own.ssm, other.ssm)
+        for mine, others in zip(states[1].attention, states[0].attention, strict=True):
+            torch.testing.assert_close(mine.keys, others.keys)
 
 
-def _model(**sizes: Any) -> Mamba:
-    config = MambaConfig(vocab_size=40, d_model=32, d_inner=64, dt_rank=8, n_layers=3, **sizes)
+def _model(name: str, **changed: Any) -> LanguageModel:
+    sizes = {"vocab_size": 40, "d_model": 32, "d_inner": 64, "dt_rank": 8, "n_layers": 5}
+    model: LanguageModel
     with torch.device("meta"):
-        model = Mamba(config)
+        if name == "zamba":
+            hybrid = {"hybrid_layers": (1, 3), "attention_heads": 2, "attention_head_dim": 32, "d_mlp": 48}
+            model = Zamba(ZambaConfig(**{**sizes, **hybrid, **changed}))
+        else:
+            model = Mamba(MambaConfig(**{**sizes, **changed}))
     random_parameters(model, device=CPU, dtype=torch.float32)
     return model.eval().requires_grad_(False)
 
 
-def _states(model: Mamba) -> ModelState:
+def _states(model: LanguageModel) -> ModelState:
     shapes, draw = model.state_shapes(), torch.Generator().manual_seed(1)
     conv = torch.randn(shapes.layers, 3, *shapes.conv, generator=draw)
     ssm = torch.randn(shapes.layers, 3, *shapes.ssm, generator=draw)
-    return ModelState([MixerState(c, s) for c, s in zip(conv, ssm, strict=True)])
+    kv = torch.zeros(shapes.attention_sites, 2, 3, PAGE_TOKENS, *shapes.kv)
+    return ModelState(
+        [MixerState(c, s) for c, s in zip(conv, ssm, strict=True)], [KVPages(*site) for site in kv]
+    )
 
 
 def _batch(token: int, slots: Tensor) -> RaggedBatch:
     each = torch.arange(len(slots))
-    return RaggedBatch(
-        each + token, torch.arange(len(slots) + 1, dtype=torch.int32), slots, each * 0, decode=True
-    )
+    offsets = torch.arange(len(slots) + 1, dtype=torch.int32)
+    return RaggedBatch(each + token, offsets, slots, each * 0, decode=True, pages=slots[:, None])
