@@ -44,6 +44,9 @@ class LanguageModelConfig(MixerConfig, ABC):
 class LanguageModel(nn.Module, ABC):
     """Embedding, layers, norm; `head` maps rows of the output to logits over the padded vocabulary."""
 
+    layers: nn.ModuleList
+    """Each with the `norm` before its `mixer`."""
+
     def __init__(self, config: LanguageModelConfig) -> None:
         super().__init__()
         self.embedding = nn.Embedding(config.vocab_rows, config.d_model)
