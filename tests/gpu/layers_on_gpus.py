@@ -38,11 +38,9 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention_heads": 4, "attention_head_dim": 64, "d_mlp": 256,
     },
 }  # fmt: skip
-MANY, FEW = 1000, 100
-"""Steps of `mamba` with float32 states, and of the others."""
 SLOTS = 4
-PAGES = MANY // PAGE_TOKENS + 1
-"""Of a slot."""
+PAGES = 1000 // PAGE_TOKENS + 1
+"""Of a slot: for as many steps as there are at most."""
 EXACT = Wire("none", 128, "auto")
 KINDS: dict[str, tuple[Any, Any, Plan]] = {
     "mamba": (Mamba, MambaConfig, MAMBA_PLAN),
@@ -68,7 +66,7 @@ class Found:
     """(steps, d_model) of the fused steps, on the CPU."""
 
 
-def found(name: str, state_dtype: torch.dtype = torch.float32) -> Found:
+def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Found:
     """Fused steps, steps by layers and the definition, side by side over one sequence of tokens."""
     device = torch.device("cuda", torch.cuda.current_device())
     tp = _ranks(60.0)
@@ -82,7 +80,7 @@ def found(name: str, state_dtype: torch.dtype = torch.float32) -> Found:
         errors: list[list[Tensor]] = [[], []]
         outputs = []
         draw, places = torch.Generator().manual_seed(1), [0] * SLOTS
-        for _ in range(MANY if name == "mamba" and state_dtype == torch.float32 else FEW):
+        for _ in range(steps):
             token, slot = torch.randint(0, 60, (2,), generator=draw).tolist()
             slot %= SLOTS - 1
             batch = _batch(token, slot, device, places[slot])
