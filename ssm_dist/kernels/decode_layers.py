@@ -112,7 +112,7 @@ def words_of_ranks(ranks: int, d_model: int) -> int:
 
 
 def kernel_sizes(
-    d_model: int, channels: int, dt_rank: int, states: int, layers: int, programs: int, ranks: int
+    d_model: int, channels: int, dt_rank: int, states: int, programs: int, ranks: int
 ) -> dict[str, int]:
     """The kernel's constants that follow from sizes, for so many channels on a rank.
 
@@ -124,7 +124,7 @@ def kernel_sizes(
     others = 2 * max(_padded(d_model), _padded(channels)) + 8192
     turns = math.ceil(math.ceil(channels / programs) / 8)
     return {
-        "LAYERS": layers, "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states,
+        "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states,
         "RANKS": ranks, "CHUNKS": chunks, "SLOTS": (ARENA_BYTES - others) // piece,
         "BEFORE_X": min(2, turns - 1), "AHEAD": max(2, round(IN_FLIGHT[ranks > 1] / piece)),
     }  # fmt: skip
@@ -172,8 +172,7 @@ class LayerStack:
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
         (d_model, channels), dt_rank = first.out_proj.shape, first.dt_proj.shape[1]
         self.constants = kernel_sizes(
-            d_model, channels, dt_rank, first.A_log.shape[1], len(layers), exchange.programs,
-            len(ranks.addresses),
+            d_model, channels, dt_rank, first.A_log.shape[1], exchange.programs, len(ranks.addresses)
         )  # fmt: skip
         _stacks[self.name] = self
 
@@ -208,7 +207,7 @@ class LayerStack:
                 self._anchor, self._table, hidden, residual, slots, exchange.counters, y, conv[0], ssm[0],
                 exchange.words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
                 self._sharers, ranks.rank % len(self._sharers), ranks.error.data_ptr(), ranks.limit,
-                self._eps, self._rms_eps or 0.0,
+                len(self.layers), self._eps, self._rms_eps or 0.0,
                 _apart(conv), conv[0].stride(0), conv[0].stride(1), _apart(ssm), ssm[0].stride(0),
                 HEADS=self._heads, SHARERS=len(self._sharers), RMS=self._rms_eps is not None,
                 NORMED=self._last_norm is not None, **self.constants,

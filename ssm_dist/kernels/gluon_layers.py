@@ -62,8 +62,8 @@ def _field(table, layer, FIELD: gl.constexpr):
 
 @gluon.jit
 def _fetch_all(
-    ring, anchor, table,
-    LAYERS: gl.constexpr, P: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
+    ring, anchor, table, layers,
+    P: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
     CHUNKS: gl.constexpr, SLOTS: gl.constexpr, AHEAD: gl.constexpr,
 ):  # fmt: skip
     """One warp: the pieces of in_proj's x rows, its z rows and out_proj's rows, layer by layer."""
@@ -78,7 +78,7 @@ def _fetch_all(
     program = gl.program_id(0)
     slot, phase, number = 0, 0, 0
     arrived, arrived_phase = 0, 0
-    for layer in range(LAYERS):
+    for layer in range(layers):
         inward = base + gl.load(table + (layer * FIELDS + IN)) * 4
         outward = base + gl.load(table + (layer * FIELDS + OUT)) * 4
         for piece in range(ALL):
@@ -263,8 +263,8 @@ def _keep_projected(
 @gluon.jit
 def _work(
     ring, memory, anchor, table, hidden, residual, slots, counters, y, conv, ssm, words, shared, peers, rank,
-    sharers, x_rank, waits, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
-    LAYERS: gl.constexpr, P: gl.constexpr, H: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
+    sharers, x_rank, waits, layers, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
+    P: gl.constexpr, H: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
     N: gl.constexpr, HEADS: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, SHARERS: gl.constexpr,
     CHUNKS: gl.constexpr, SLOTS: gl.constexpr, BEFORE_X: gl.constexpr, NORMED: gl.constexpr,
 ):  # fmt: skip
@@ -316,7 +316,7 @@ def _work(
             stream += (_four(residual, k, H),)
     _keep(kept, normed, H)
 
-    for layer in range(LAYERS):
+    for layer in range(layers):
         exchange = so_far + layer
         tag, odd = exchange & 0xFFFF, exchange & 1
         u_words, y_words = words + odd * D_BYTES, words + (2 + odd) * D_BYTES
@@ -408,21 +408,21 @@ def _work(
             else:
                 for i in gl.static_range(4):
                     gl.store(y + (k * ROUND + thread * 4 + i), stream[k][i], mask=exists)
-    gl.store(counters + program, so_far + LAYERS)
+    gl.store(counters + program, so_far + layers)
 
 
-@gluon.jit(do_not_specialize=["rank", "x_rank"])
+@gluon.jit(do_not_specialize=["rank", "x_rank", "layers"])
 def layers_kernel(
     anchor, table, hidden, residual, slots, counters, y, conv, ssm, words, shared, peers, rank, sharers,
-    x_rank, error, limit, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
-    LAYERS: gl.constexpr, P: gl.constexpr, H: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
+    x_rank, error, limit, layers, eps, rms_eps, conv_layer, conv_slot, conv_row, ssm_layer, ssm_slot,
+    P: gl.constexpr, H: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
     N: gl.constexpr, HEADS: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, SHARERS: gl.constexpr,
     CHUNKS: gl.constexpr, SLOTS: gl.constexpr, BEFORE_X: gl.constexpr, AHEAD: gl.constexpr,
     NORMED: gl.constexpr,
 ):  # fmt: skip
     """One of P programs, all at once on the GPU.
 
-    table, (LAYERS + 1, FIELDS) int64: how far parameters are from the anchor, an int32 pointer; the last row
+    table, (layers + 1, FIELDS) int64: how far parameters are from the anchor, an int32 pointer; the last row
     has the norm of NORMED. hidden: (H,) bfloat16, the residual stream, or with a residual, (H,) float32, the
     first layer's normed input. y: (H,), the last norm of the stream in bfloat16 if NORMED, else the stream in
     float32. conv, ssm: states of the first layer. words, shared: addresses of the words of this GPU, and of
@@ -451,11 +451,11 @@ def layers_kernel(
         [
             (_work, (
                 ring, (kept, wide, products), anchor, table, hidden, residual, slots, counters, y, conv, ssm,
-                words, shared, peers, rank, sharers, x_rank, waits, eps, rms_eps, conv_layer, conv_slot,
-                conv_row, ssm_layer, ssm_slot, LAYERS, P, H, D, R, N, HEADS, RMS, RANKS, SHARERS, CHUNKS,
+                words, shared, peers, rank, sharers, x_rank, waits, layers, eps, rms_eps, conv_layer,
+                conv_slot, conv_row, ssm_layer, ssm_slot, P, H, D, R, N, HEADS, RMS, RANKS, SHARERS, CHUNKS,
                 SLOTS, BEFORE_X, NORMED,
             )),
-            (_fetch_all, (ring, anchor, table, LAYERS, P, H, D, CHUNKS, SLOTS, AHEAD)),
+            (_fetch_all, (ring, anchor, table, layers, P, H, D, CHUNKS, SLOTS, AHEAD)),
         ],
         [1], [48],
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -98,6 +98,37 @@ def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Fo
     idle = all(bool((m.ssm[-1] == 1).all() and (m.conv[-1] == 1).all()) for m in states[0].mixers)
     fused, by_layers = (torch.stack(each).tolist() for each in errors)
     return Found(fused, by_layers, (apart[0], apart[1]), idle, torch.stack(outputs).cpu())
+
+
+def replays(name: str, steps: int) -> bool:
+    """Whether captured steps have the bits of steps as written, each with other inputs, states included."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    with backend.using("triton", device):
+        model = _model(name, None, device)
+        fuse_layers(model, None, KernelsConfig(), "triton", device)
+        states = [_states(model, device, torch.float32) for _ in range(2)]
+        token, slot = _batch(0, 0, device).tokens, torch.zeros(1, dtype=torch.int32, device=device)
+        batch = replace(_batch(0, 0, device), tokens=token, slots=slot)
+        model(batch, states[0])
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            replayed = model(batch, states[0])
+        states[0] = _zeroed(states[0])
+        same = True
+        for i in range(steps):
+            token.fill_(7 * i % 60)
+            slot.fill_(i % (SLOTS - 1))
+            graph.replay()
+            same &= torch.equal(replayed, model(batch, states[1]))
+    pairs = zip(states[0].mixers, states[1].mixers, strict=True)
+    return same and all(torch.equal(a.ssm, b.ssm) and torch.equal(a.conv, b.conv) for a, b in pairs)
+
+
+def _zeroed(state: ModelState) -> ModelState:
+    for mixer in state.mixers:
+        mixer.conv[:-1], mixer.ssm[:-1] = 0, 0
+    return state
 
 
 def answers(fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:

@@ -91,7 +91,7 @@ def layers(
     programs = decode_layers.programs_of(d_model, 132)
     sharers = ranks if heads == 1 else 1
     return {
-        **decode_layers.kernel_sizes(d_model, channels, dt_rank, 16, 64, programs, ranks), "RMS": rms,
+        **decode_layers.kernel_sizes(d_model, channels, dt_rank, 16, programs, ranks), "RMS": rms,
         "HEADS": max(1, heads // ranks), "SHARERS": sharers, "sharers": ("i64",) * sharers,
         "residual": "*fp32" if between else None, "NORMED": not between,
         **({"y": "*fp32"} if between else {}),

@@ -34,7 +34,7 @@ def test_what_the_kernel_relies_on(name: str, degree: int) -> None:
     sizes = preset(name)[1]
     channels = sizes.d_inner // degree
     programs = programs_of(sizes.d_model, 132)
-    found = kernel_sizes(sizes.d_model, channels, sizes.dt_rank, 16, sizes.n_layers, programs, degree)
+    found = kernel_sizes(sizes.d_model, channels, sizes.dt_rank, 16, programs, degree)
     outputs, own = math.ceil(sizes.d_model / programs), math.ceil(channels / programs)
     assert programs <= 132
     assert (programs - 1) * outputs < sizes.d_model <= programs * outputs, "a program without outputs"
