@@ -32,7 +32,9 @@ def fuse_layers(
     if device.type != "cuda":
         return
     weights, ranks = [_weights(layer) for layer in model.layers], None
-    why = "as [kernels] asks" if not section.fuse_layers or kernels != "triton" else ""
+    why = "as [kernels] asks" if section.fuse_layers == "none" or kernels != "triton" else ""
+    if section.fuse_layers == "auto" and len(model.runs()) > 1:
+        why = why or "since runs of some layers have yet to be timed; [kernels] fuse_layers = 'all' has them"
     why = why or _objection(model, weights, device)
     if tp is not None:
         ranks, why = _words(model, tp, why, device)

@@ -28,6 +28,9 @@ IN_FLIGHT = {False: 60_000, True: 50_000}
 CHANNELS = 64
 """Of a program, at most."""
 
+SMALLEST = 512
+"""d_model of the models that it serves."""
+
 UNBOUNDED = 2**62
 """Nanoseconds: a rank alone waits for nobody who could be gone."""
 
@@ -92,6 +95,8 @@ def reason_against(layer: LayerWeights, heads: int, device: torch.device) -> str
         return "its convolution is not 4 wide or its states are not 16 a channel"
     if d_model % 32 or channels % 32 or rank % 8 or rank > 256:
         return "its sizes are no multiples of 32, or dt_rank none of 8 up to 256"
+    if d_model < SMALLEST:
+        return f"with d_model below {SMALLEST} it has not been tried"
     programs = programs_of(d_model, _multiprocessors(device))
     own = -(-channels // programs)
     if own > CHANNELS:

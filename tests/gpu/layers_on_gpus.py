@@ -72,7 +72,7 @@ def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Fo
     tp = _ranks(60.0)
     with backend.using("triton", device):
         model, truth = _model(name, tp, device), _model(name, None, device).float()
-        fuse_layers(model, tp, KernelsConfig(), "triton", device)
+        fuse_layers(model, tp, KernelsConfig(fuse_layers="all"), "triton", device)
         stacks = model.stacks
         assert stacks
         states = [_states(m, device, state_dtype) for m in (model, model)]
@@ -134,10 +134,10 @@ def _zeroed(state: ModelState) -> ModelState:
 def answers(fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens and log-probabilities of requests alone, and of two of which one ends early."""
     llm = LLM.from_config(_config(fused, mode))
-    alone = SamplingParams(max_new_tokens=200, ignore_eos=True, logprobs=0)
-    brief = SamplingParams(max_new_tokens=20, ignore_eos=True, logprobs=0)
-    prompts: list[Any] = [[3, 1, 4, 1, 5], list(range(40))]
-    done = [*llm.generate(prompts[:1], alone), *llm.generate(prompts, [alone, brief])]
+    alone, brief = (SamplingParams(max_new_tokens=n, ignore_eos=True, logprobs=0) for n in (60, 20))
+    prompts: list[Any] = [[(17 * i + 5 * j) % 5000 for j in range(1 + 9 * i)] for i in range(8)]
+    done = [completion for prompt in prompts for completion in llm.generate([prompt], alone)]
+    done += llm.generate(prompts[:2], [alone, brief])
     return [c.token_ids for c in done], [c.logprobs for c in done]
 
 
@@ -174,7 +174,8 @@ def _config(fused: bool, mode: str) -> Any:
     degree = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     given = {
         "model": {"preset": "mamba-370m"}, "parallel": {"tensor": degree}, "compile": {"mode": mode},
-        "kernels": {"backend": "triton", "fuse_layers": fused}, "cache": {"max_sequences": 2},
+        "kernels": {"backend": "triton", "fuse_layers": "auto" if fused else "none"},
+        "cache": {"max_sequences": 2},
     }  # fmt: skip
     return build_config(None, given, given_by="test")
 
