@@ -56,7 +56,7 @@ def changes(options: argparse.Namespace, constants: dict[str, int]) -> Iterator[
 def milliseconds(stack: LayerStack, cache: StateCache, hidden: torch.Tensor) -> list[float]:
     """Of a step, of each replay."""
     slots = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-    conv, ssm = cache.state.of_layers()
+    conv, ssm = cache.state.part(range(len(stack.layers)))
     stack.launch(hidden, None, slots, conv, ssm)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

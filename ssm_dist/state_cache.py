@@ -76,9 +76,8 @@ class StateCache:
         pages = pages_of(max_tokens) if shapes.attention_sites else 0
         kv_shape = (shapes.attention_sites, 2, pages + min(pages, 1), PAGE_TOKENS, *shapes.kv)
         self._kv = torch.zeros(kv_shape, dtype=dtype, device=device)
-        self._state = ModelState(
-            [MixerState(conv, ssm) for conv, ssm in zip(self._conv, self._ssm, strict=True)],
-            [KVPages(*site) for site in self._kv],
+        self._state = ModelState.of(
+            MixerState(self._conv, self._ssm), [KVPages(*site) for site in self._kv]
         )
         self.paged = shapes.attention_sites > 0
         self.max_sequences = max_sequences

@@ -26,13 +26,16 @@ IN_FLIGHT = {False: 60_000, True: 50_000}
 """Bytes that a multiprocessor asks for ahead, alone and with other ranks (H200)."""
 
 CHANNELS = 64
-"""Of a program, at most."""
+"""Of a program at most, and columns of out_proj's outputs."""
+
+X_WORDS = 1024
+"""Words of a rank's memory for x_proj's outputs from each rank."""
 
 SMALLEST = 512
 """d_model of the models that it serves."""
 
-UNBOUNDED = 2**62
-"""Nanoseconds: a rank alone waits for nobody who could be gone."""
+UNBOUNDED = 2**61
+"""Nanoseconds: a rank alone waits for nobody who could be gone. The kernel doubles it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,10 +102,12 @@ def reason_against(layer: LayerWeights, heads: int, device: torch.device) -> str
         return f"with d_model below {SMALLEST} it has not been tried"
     programs = programs_of(d_model, _multiprocessors(device))
     own = -(-channels // programs)
-    if own > CHANNELS:
-        return "there are too many channels for this GPU"
+    if max(own, -(-d_model // programs)) > CHANNELS:
+        return "there are too many channels, or columns, for this GPU"
     if programs % heads or (heads > 1 and own * (programs // heads) * heads != channels):
         return "its heads do not begin where a program's channels do"
+    if heads * (rank + 2 * states) > X_WORDS:
+        return "x_proj has too many outputs"
     return None
 
 
@@ -113,7 +118,7 @@ def programs_of(d_model: int, multiprocessors: int) -> int:
 
 def words_of_ranks(ranks: int, d_model: int) -> int:
     """Words, of 4 bytes, that a rank's memory has for what all ranks send it."""
-    return 2 * ranks * (1024 + _padded(d_model))
+    return 2 * ranks * (X_WORDS + _padded(d_model))
 
 
 def kernel_sizes(
@@ -121,10 +126,13 @@ def kernel_sizes(
 ) -> dict[str, int]:
     """The kernel's constants that follow from sizes, for so many channels on a rank.
 
-    CHUNKS: of 256 numbers in a part of a row that is fetched at once; SLOTS: pieces of the ring; BEFORE_X:
+    CHUNKS: of 256 numbers in a part of a row that is fetched at once, so that what the last part lacks is
+    within the zeros of a round of threads; SLOTS: pieces of the ring; BEFORE_X:
     turns of z before x_proj, while its input is on its way; AHEAD: pieces in flight.
     """
-    chunks = min(range(3, 9), key=lambda c: (_parts(d_model, c) * c + _parts(channels, c) * c, -c))
+    widths = d_model, channels
+    fitting = [c for c in range(3, 9) if all(_parts(w, c) * c * 256 <= _in_rounds(w) for w in widths)]
+    chunks = min(fitting, key=lambda c: (sum(_parts(w, c) * c for w in widths), -c))
     piece = 8 * (chunks * 512 + 64) + 16
     others = 2 * max(_padded(d_model), _padded(channels)) + 8192
     turns = math.ceil(math.ceil(channels / programs) / 8)
@@ -157,7 +165,7 @@ class LayerStack:
         rms_eps: float | None = None, last_norm: Tensor | None = None, heads: int = 1,
         sharers: int | None = None,
     ) -> None:  # fmt: skip
-        """For layers that `reason_against` finds nothing against, whose weights stay where they are.
+        """For layers that `reason_against` finds nothing against; it keeps their weights where they are now.
 
         last_norm: (H,) bfloat16, of the norm after them; None for none. rms_eps: as in
         `projected_state_update`; heads: that this rank has, or has a part of; sharers: neighbouring ranks
@@ -182,14 +190,14 @@ class LayerStack:
         _stacks[self.name] = self
 
     def step(
-        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]
+        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: Tensor, ssm: Tensor
     ) -> Tensor:
         """Advance the states by a token; returns the last norm of the residual stream, or the stream itself.
 
         hidden, (1, H) bfloat16: the residual stream; or with a residual, (1, H) float32, the normed input of
-        the first layer. slots: (1,) int32; conv: of each layer, (slots, 3, D) bfloat16; ssm: (slots, D, N)
-        float32 or bfloat16, each layer's as far from those of the one before. Both are updated in place. All
-        ranks call it alike. Returns (1, H), bfloat16 if normed, else float32.
+        the first layer. slots: (1,) int32; conv: (layers, slots, 3, D) bfloat16; ssm: (layers, slots, D, N)
+        float32 or bfloat16. Both are updated in place. All ranks call it alike. Returns (1, H), bfloat16 if
+        normed, else float32.
         """
         result: Tensor = decode_layers(hidden, residual, slots, conv, ssm, self.name)
         return result
@@ -199,21 +207,22 @@ class LayerStack:
         return hidden.new_empty(hidden.shape, dtype=torch.float32 if self._last_norm is None else None)
 
     def launch(
-        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor]
+        self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: Tensor, ssm: Tensor
     ) -> Tensor:
         """`step`, not as an operator."""
         gluon_layers = _kernel_module(hidden.device)
         assert gluon_layers is not None and hidden.shape[0] == 1 and hidden.is_contiguous()
         assert residual is None or (residual.dtype == torch.float32 and residual.is_contiguous())
-        assert conv[0].dtype == torch.bfloat16 and conv[0].is_contiguous() and ssm[0].is_contiguous()
+        assert conv.dtype == torch.bfloat16 and len(conv) == len(ssm) == len(self.layers)
+        assert conv.is_contiguous() and ssm.is_contiguous()
         y, exchange, ranks = self.result_like(hidden), self._exchange, self._exchange.ranks
         with torch.cuda.device_of(hidden):
             gluon_layers.layers_kernel[(exchange.programs,)](
-                self._anchor, self._table, hidden, residual, slots, exchange.counters, y, conv[0], ssm[0],
+                self._anchor, self._table, hidden, residual, slots, exchange.counters, y, conv, ssm,
                 exchange.words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
                 self._sharers, ranks.rank % len(self._sharers), ranks.error.data_ptr(), ranks.limit,
                 len(self.layers), self._eps, self._rms_eps or 0.0,
-                _apart(conv), conv[0].stride(0), conv[0].stride(1), _apart(ssm), ssm[0].stride(0),
+                *conv.stride()[:3], *ssm.stride()[:2],
                 HEADS=self._heads, SHARERS=len(self._sharers), RMS=self._rms_eps is not None,
                 NORMED=self._last_norm is not None, **self.constants,
                 num_warps=8, enable_fp_fusion=True, launch_cooperative_grid=True,
@@ -238,33 +247,34 @@ def _parts(width: int, chunks: int) -> int:
     return -(-width // (256 * chunks))
 
 
+def _in_rounds(width: int) -> int:
+    """Numbers of a vector that the kernel has in shared memory, with zeros at its end."""
+    return -(-width // 1024) * 1024
+
+
 def _padded(width: int) -> int:
     return -(-width // 2048) * 2048
 
 
-def _apart(states: list[Tensor]) -> int:
-    """Numbers from the start of each layer's states to that of the next one's, on all of which it agrees."""
-    size = states[0].element_size()
-    apart = {(after.data_ptr() - before.data_ptr()) // size for before, after in itertools.pairwise(states)}
-    assert len(apart) <= 1, "the states of the layers are not evenly apart in memory"
-    return apart.pop() if apart else 0
-
-
 def _alone(words: int, device: torch.device) -> RankWords:
     memory = torch.zeros(words, dtype=torch.int32, device=device)
-    error = torch.zeros(4, dtype=torch.int32, device=device)
-    return RankWords(0, (memory.data_ptr(),), error, UNBOUNDED, memory)
+    nobody_reads = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+    from ssm_dist.kernels.triton_remote import error_words
+
+    return RankWords(
+        0, (memory.data_ptr(),), error_words(nobody_reads, device), UNBOUNDED, (memory, nobody_reads)
+    )
 
 
 def _like_result(
-    hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor], stack: str
+    hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: Tensor, ssm: Tensor, stack: str
 ) -> Tensor:
     return _stacks[stack].result_like(hidden)
 
 
 @operator("decode_layers", mutates=("conv", "ssm"), fake=_like_result)
 def decode_layers(
-    hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: list[Tensor], ssm: list[Tensor], stack: str
+    hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: Tensor, ssm: Tensor, stack: str
 ) -> Tensor:
     """`LayerStack.step` of the stack of that name."""
     return _stacks[stack].launch(hidden, residual, slots, conv, ssm)

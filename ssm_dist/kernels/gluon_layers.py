@@ -362,7 +362,9 @@ def _work(
         rates = -gl.exp2(rates * LOG2_E) * LOG2_E
 
         blamed = FAILED + rank - x_rank
-        given = poll(shared + x_part, X_BYTES, OUTPUTS, tag, waits, blamed, OUTPUTS, SHARERS, X_SCOPE)
+        # where not all ranks share, one may wait for a rank that this one has heard
+        limits = patient if SHARERS < RANKS else waits
+        given = poll(shared + x_part, X_BYTES, OUTPUTS, tag, limits, blamed, OUTPUTS, SHARERS, X_SCOPE)
         _keep_projected(wide, given, rms_eps, R, N, RMS, SHARERS)
         dt = load2(wide + pair * 8)
         B, C = load1(wide + (R + n) * 4), load1(wide + (R + N + n) * 4)

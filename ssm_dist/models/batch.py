@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from torch import Tensor
+from typing_extensions import Self
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,19 @@ class ModelState:
     """One a layer."""
     attention: list[KVPages] = field(default_factory=list)
     """One an attention call site; empty for pure state-space models."""
+    stacked: MixerState | None = None
+    """All layers' recurrent states in one, (layers, slots, ...), of which `mixers` are parts."""
 
-    def of_layers(self, layers: slice = slice(None)) -> tuple[list[Tensor], list[Tensor]]:
-        """The convolution's states of some layers, and the scan's."""
-        mixers = self.mixers[layers]
-        return [mixer.conv for mixer in mixers], [mixer.ssm for mixer in mixers]
+    @classmethod
+    def of(cls, stacked: MixerState, attention: list[KVPages]) -> Self:
+        """From the stacked states of all layers."""
+        mixers = [MixerState(*layer) for layer in zip(stacked.conv, stacked.ssm, strict=True)]
+        return cls(mixers, attention, stacked)
+
+    def part(self, layers: range) -> tuple[Tensor, Tensor]:
+        """The convolution's states of some layers, and the scan's, stacked."""
+        assert self.stacked is not None
+        return self.stacked.conv[layers.start : layers.stop], self.stacked.ssm[layers.start : layers.stop]
 
 
 @dataclass(frozen=True)

@@ -57,9 +57,9 @@ class LanguageModel(nn.Module, ABC):
         self.stacks: list[LayerStack] = []
         """One for each of `runs`, where decode steps of one sequence go by them; else empty."""
 
-    def goes_by_stacks(self, batch: RaggedBatch) -> bool:
+    def goes_by_stacks(self, batch: RaggedBatch, state: ModelState) -> bool:
         """Whether a batch is for `stacks`."""
-        return bool(self.stacks) and batch.decode and len(batch.tokens) == 1
+        return bool(self.stacks) and state.stacked is not None and batch.decode and len(batch.tokens) == 1
 
     @abstractmethod
     def runs(self) -> list[range]:

@@ -131,8 +131,9 @@ class Mamba(LanguageModel):
 
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
         """See `LanguageModel`."""
-        if self.goes_by_stacks(batch):
-            return self.stacks[0].step(self.embedding(batch.tokens), None, batch.slots, *state.of_layers())
+        if self.goes_by_stacks(batch, state):
+            (stack,), (run,) = self.stacks, self.runs()
+            return stack.step(self.embedding(batch.tokens), None, batch.slots, *state.part(run))
         branch, residual = None, self.embedding(batch.tokens).float()
         for layer, layer_state in zip(self.layers, state.mixers, strict=True):
             branch, residual = layer(branch, residual, batch, layer_state)

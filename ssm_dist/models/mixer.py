@@ -110,10 +110,11 @@ class MambaMixer(nn.Module):
         """Its parameters and those of the norm before it, for a `LayerStack`; None where they have others."""
         if self.in_proj.bias is not None or self.out_proj.bias is not None or self.conv.bias is None:
             return None
-        return LayerWeights(
+        weights = (
             norm, self.in_proj.weight, self.conv.weight, self.conv.bias, self.x_proj.weight.T,
             self.dt_proj.weight, self.dt_proj.bias, self.A_log, self.D, self.out_proj.weight,
         )  # fmt: skip
+        return LayerWeights(*(weight.detach() for weight in weights))
 
     def state_shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """Of one sequence: (conv_width - 1, d_inner) of the convolution, (d_inner, d_state) of the scan."""

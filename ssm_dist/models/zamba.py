@@ -224,7 +224,7 @@ class Zamba(LanguageModel):
     def forward(self, batch: RaggedBatch, state: ModelState) -> Tensor:
         """See `LanguageModel`."""
         embedded = self.embedding(batch.tokens)
-        if self.goes_by_stacks(batch):
+        if self.goes_by_stacks(batch, state):
             return self._by_stacks(embedded, batch, state)
         branch, residual, sites = None, embedded.float(), iter(state.attention)
         for layer, mixer in zip(self.layers, state.mixers, strict=True):
@@ -238,10 +238,10 @@ class Zamba(LanguageModel):
         return hidden
 
     def _by_stacks(self, embedded: Tensor, batch: RaggedBatch, state: ModelState) -> Tensor:
-        """`forward` of one token, a run of layers at a time."""
+        """`forward` of one token, a run of layers at a time; the last one's stack norms what it returns."""
         stream, sites = embedded.float(), iter(state.attention)
         for run, stack in zip(self.runs(), self.stacks, strict=True):
-            first, states = self.layers[run.start], state.of_layers(slice(run.start, run.stop))
+            first, states = self.layers[run.start], state.part(run)
             assert isinstance(first, ZambaLayer)
             if first.linear is None:
                 stream = stack.step(embedded, None, batch.slots, *states)

@@ -61,15 +61,15 @@ def test_several_gpus_and_they_get_the_same_bits(degree: int, name: str) -> None
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_answers_are_those_of_layer_by_layer_captured_or_not(degree: int) -> None:
+def test_answers_are_those_of_layer_by_layer_captured_or_compiled(degree: int) -> None:
     """Log-probabilities agree within what bfloat16 costs, up to where greedy answers part, and there, too.
 
-    With random weights many tokens are about as likely as the likeliest. Captured and not, prompts go through
-    other kernels, so those two ways may part as well.
+    With random weights many tokens are about as likely as the likeliest. So do the ways that the
+    steps run by.
     """
     runs = {
         way: run_on_ranks(at(degree), answers, *way, device="cuda", timeout=200.0)
-        for way in ((True, "capture"), (True, "none"), (False, "capture"))
+        for way in ((True, "capture"), (True, "compile"), (False, "capture"))
     }
     for ranks in runs.values():
         assert all(rank == ranks[0] for rank in ranks)
@@ -83,5 +83,5 @@ def test_answers_are_those_of_layer_by_layer_captured_or_not(degree: int) -> Non
 @pytest.mark.parametrize("degree", [2, 4])
 def test_a_rank_that_is_missing_is_named_in_time(degree: int) -> None:
     message, seconds = run_on_ranks(at(degree), without_a_rank, device="cuda", timeout=100.0)[0]
-    assert f"decode_layers over shared memory got nothing from rank {degree - 1} for 2 s" in message
-    assert seconds < 9.0
+    assert f"decode_layers over shared memory got nothing from rank {degree - 1} for 3 s" in message
+    assert seconds < 10.0

@@ -85,16 +85,14 @@ MATRIX = {
 
 def layers(
     d_model: int, channels: int, dt_rank: int, ranks: int = 1, rms: bool = False, heads: int = 1,
-    between: bool = False,
+    given: bool = False, normed: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
-    """Of `gluon_layers`, on a GPU of 132 multiprocessors; `between`: from a normed input to the stream."""
-    programs = decode_layers.programs_of(d_model, 132)
-    sharers = ranks if heads == 1 else 1
+    """Of `gluon_layers`, on a GPU of 132 multiprocessors, with or without the stream given, or returned."""
+    programs, sharers = decode_layers.programs_of(d_model, 132), max(1, ranks // heads)
     return {
         **decode_layers.kernel_sizes(d_model, channels, dt_rank, 16, programs, ranks), "RMS": rms,
         "HEADS": max(1, heads // ranks), "SHARERS": sharers, "sharers": ("i64",) * sharers,
-        "residual": "*fp32" if between else None, "NORMED": not between,
-        **({"y": "*fp32"} if between else {}),
+        "residual": "*fp32" if given else None, "NORMED": normed, **({} if normed else {"y": "*fp32"}),
         "anchor": "*i32", "table": "*i64", "hidden": "*bf16", "conv": "*bf16", "ssm": "*fp32",
         **dict.fromkeys(("words", "shared", "error", "limit"), "i64"), "peers": ("i64",) * ranks,
         "eps": "fp32", "rms_eps": "fp32", "num_warps": 8,
@@ -186,8 +184,10 @@ KERNELS: dict[str, Case] = {
             "falcon-mamba-7b": layers(4096, 8192, 256, rms=True),
             "mamba-2.8b at degree 2": layers(2560, 2560, 160, 2),
             "falcon-mamba-7b at degree 4": layers(4096, 2048, 256, 4, rms=True),
-            "zamba-7b": layers(3712, 7424, 232, heads=2, between=True),
-            "zamba-7b at degree 2": layers(3712, 3712, 232, 2, heads=2, between=True),
+            "zamba-7b": layers(3712, 7424, 232, heads=2, given=True, normed=False),
+            "zamba-7b at degree 2": layers(3712, 3712, 232, 2, heads=2, given=True, normed=False),
+            "zamba-7b at degree 4, last": layers(3712, 1856, 232, 4, heads=2, given=True),
+            "mamba-2.8b at degree 8": layers(2560, 640, 160, 8),
         }.items()
     },
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),

@@ -37,6 +37,7 @@ REGISTERS = {
     ("projected updates, 64 sequences", 90): 120, ("projected updates, 256 sequences", 90): 200,
     ("projected updates, no norms", 90): 120,
     ("layers, mamba-2.8b", 90): 168, ("layers, falcon-mamba-7b", 90): 168,
+    ("layers, zamba-7b at degree 4, last", 90): 168, ("layers, mamba-2.8b at degree 8", 90): 168,
     ("layers, zamba-7b", 90): 168, ("layers, zamba-7b at degree 2", 90): 168,
     ("layers, mamba-2.8b at degree 2", 90): 168, ("layers, falcon-mamba-7b at degree 4", 90): 168,
     ("gluon", 90): 112,
