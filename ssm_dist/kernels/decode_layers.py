@@ -17,6 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_dist.kernels.gluon_layers_form import (
+    CHANNELS,
+    FIELDS,
+    PRODUCT_BYTES,
+    ROUND,
+    SCRATCH_BYTES,
+    VECTOR,
+    WARPS,
+    X_WORDS,
+    row_bytes,
+)
 from ssm_dist.kernels.operators import operator
 
 ARENA_BYTES = 222 * 1024
@@ -24,12 +35,6 @@ ARENA_BYTES = 222 * 1024
 
 IN_FLIGHT = {False: 60_000, True: 50_000}
 """Bytes that a multiprocessor asks for ahead, alone and with other ranks (H200)."""
-
-CHANNELS = 64
-"""Of a program at most, and columns of out_proj's outputs."""
-
-X_WORDS = 1024
-"""Words of a rank's memory for x_proj's outputs from each rank."""
 
 SMALLEST = 512
 """d_model of the models that it serves."""
@@ -133,9 +138,9 @@ def kernel_sizes(
     widths = d_model, channels
     fitting = [c for c in range(3, 9) if all(_parts(w, c) * c * 256 <= _in_rounds(w) for w in widths)]
     chunks = min(fitting, key=lambda c: (sum(_parts(w, c) * c for w in widths), -c))
-    piece = 8 * (chunks * 512 + 64) + 16
-    others = 2 * max(_padded(d_model), _padded(channels)) + 8192
-    turns = math.ceil(math.ceil(channels / programs) / 8)
+    piece = WARPS * row_bytes(chunks) + 16
+    others = 2 * max(_padded(d_model), _padded(channels)) + SCRATCH_BYTES + PRODUCT_BYTES
+    turns = math.ceil(math.ceil(channels / programs) / WARPS)
     return {
         "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states,
         "RANKS": ranks, "CHUNKS": chunks, "SLOTS": (ARENA_BYTES - others) // piece,
@@ -181,7 +186,7 @@ class LayerStack:
         self._anchor = first.in_proj.view(torch.int32)
         places = [[self._distance(t) for t in layer.all()] for layer in layers]
         places.append([0 if last_norm is None else self._distance(last_norm)])
-        rows = [row + [0] * (16 - len(row)) for row in places]
+        rows = [row + [0] * (FIELDS - len(row)) for row in places]
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
         (d_model, channels), dt_rank = first.out_proj.shape, first.dt_proj.shape[1]
         self.constants = kernel_sizes(
@@ -249,11 +254,11 @@ def _parts(width: int, chunks: int) -> int:
 
 def _in_rounds(width: int) -> int:
     """Numbers of a vector that the kernel has in shared memory, with zeros at its end."""
-    return -(-width // 1024) * 1024
+    return -(-width // ROUND) * ROUND
 
 
 def _padded(width: int) -> int:
-    return -(-width // 2048) * 2048
+    return -(-width // VECTOR) * VECTOR
 
 
 def _alone(words: int, device: torch.device) -> RankWords:

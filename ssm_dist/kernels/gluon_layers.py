@@ -14,6 +14,31 @@ must have some.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ssm_dist.kernels import gluon_layers_form as form
+from ssm_dist.kernels.gluon_layers_steps import (
+    A_LOG,
+    DT,
+    DT_BIAS,
+    FIELDS,
+    FLOAT,
+    IN,
+    NORM,
+    OUT,
+    ROUND,
+    SKIP,
+    X,
+    add_sums,
+    convolve,
+    field,
+    keep,
+    keep_projected,
+    load_four,
+    load_pairs,
+    load_window,
+    load_x_rows,
+    norm,
+    project,
+)
 from ssm_dist.kernels.gluon_ring import (
     WARPS,
     address_of,
@@ -25,39 +50,23 @@ from ssm_dist.kernels.gluon_ring import (
     load2,
     multiply,
     open_barriers,
-    store1,
-    store2,
-    store4,
+    row_bytes,
     total,
     wait_for,
 )
 from ssm_dist.kernels.gluon_warp import LOG2_E, WORD, silu, softplus
-from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, packed, poll, publish, rounded
+from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, poll, publish, rounded
 
-NORM, IN, TAPS, CONV_BIAS, X, DT, DT_BIAS, A_LOG, SKIP, OUT = map(gl.constexpr, range(10))
-"""Columns of the table."""
-FIELDS = gl.constexpr(16)
-BF16 = gl.constexpr(gl.pointer_type(gl.bfloat16))
-FLOAT = gl.constexpr(gl.pointer_type(gl.float32))
+CHANNELS = gl.constexpr(form.CHANNELS)
+VECTOR = gl.constexpr(form.VECTOR)
+X_BYTES = gl.constexpr(4 * form.X_WORDS)
+SCRATCH = gl.constexpr(form.SCRATCH_BYTES)
+PRODUCTS = gl.constexpr(form.PRODUCT_BYTES)
 PAIR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
 """(CHANNELS, n): four lanes a channel."""
 CHANNEL = gl.constexpr(gl.SliceLayout(1, PAIR))
-CHANNELS = gl.constexpr(64)
-"""Of a program, at most."""
-ROUND = gl.constexpr(4 * 256)
-"""Numbers that the threads hold, four each."""
-X_BYTES = gl.constexpr(4096)
-"""Of the words of x_proj's outputs."""
-FAILED = gl.constexpr(256)
-"""The code of a wait for the first rank that failed; the next are the other ranks'."""
-VECTOR = gl.constexpr(2048)
-"""The words of other vectors are rounded up to a multiple of so many."""
-
-
-@gluon.jit
-def _field(table, layer, FIELD: gl.constexpr):
-    """How far a layer's parameter is from the anchor, in words."""
-    return gl.multiple_of(gl.load(table + (layer * FIELDS + FIELD)), 4)
+FAILED = gl.constexpr(4 * 64)
+"""The code of a wait for rank 0 that failed (`failures.ALGORITHMS`); the next are the other ranks'."""
 
 
 @gluon.jit
@@ -92,172 +101,16 @@ def _fetch_all(
             row = (row + gl.where(gate, D, 0)).to(gl.int64)
             width, begin = gl.where(out, 2 * D, 2 * H), here % parts * (CHUNKS * 512)
             source = gl.where(out, outward, inward) + row * width + begin
-            bytes = gl.where(exists, gl.minimum(width - begin, CHUNKS * 512), 0)
+            size = gl.where(exists, gl.minimum(width - begin, CHUNKS * 512), 0)
             if number >= AHEAD:
                 wait_for(ring[1] + arrived * 8, arrived_phase, lane)
                 arrived_phase = gl.where(arrived == SLOTS - 1, arrived_phase ^ 1, arrived_phase)
                 arrived = gl.where(arrived == SLOTS - 1, 0, arrived + 1)
             wait_for(ring[2] + slot * 8, phase ^ 1, lane)
-            fetch(ring, slot, source, bytes, CHUNKS)
+            fetch(ring, slot, source, size, CHUNKS)
             number += 1
             phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
             slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
-
-
-@gluon.jit
-def _pairs(start, WIDTH: gl.constexpr, inside):
-    """Numbers 4 t to 4 t + 3 of thread t from each round's part of (WIDTH,) bfloat16, as two words."""
-    thread = gl.arange(0, THREADS, LINE)
-    result = ()
-    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
-        here = inside & (k * ROUND + thread * 4 < WIDTH)
-        at = start + (k * (ROUND // 2) + thread * 2)
-        result += ((gl.load(at, mask=here, other=0), gl.load(at + 1, mask=here, other=0)),)
-    return result
-
-
-@gluon.jit
-def _four(start, k: gl.constexpr, WIDTH: gl.constexpr):
-    """The numbers of `_pairs` in round k, of (WIDTH,) float32."""
-    thread = gl.arange(0, THREADS, LINE)
-    at = start + (k * ROUND + thread * 4)
-    here = k * ROUND + thread * 4 < WIDTH
-    return (
-        gl.load(at, mask=here, other=0.0), gl.load(at + 1, mask=here, other=0.0),
-        gl.load(at + 2, mask=here, other=0.0), gl.load(at + 3, mask=here, other=0.0),
-    )  # fmt: skip
-
-
-@gluon.jit
-def _keep(to, pairs, WIDTH: gl.constexpr):
-    """Put what the threads have of (WIDTH,) into shared memory, in order, for all of them."""
-    thread = gl.arange(0, THREADS, LINE)
-    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
-        store2(to + (k * THREADS + thread) * 8, pairs[k][0], pairs[k][1])
-    barrier()
-
-
-@gluon.jit
-def _added(stream, words, WIDTH: gl.constexpr, RANKS: gl.constexpr):
-    """The residual stream, by round four times (THREADS,), plus the sum of what came from all ranks."""
-    ROUNDS: gl.constexpr = (WIDTH + ROUND - 1) // ROUND
-    result = ()
-    for k in gl.static_range(ROUNDS):
-        a, b = low(words[2 * k]), high(words[2 * k])
-        c, d = low(words[2 * k + 1]), high(words[2 * k + 1])
-        for r in gl.static_range(1, RANKS):
-            first, second = words[2 * (r * ROUNDS + k)], words[2 * (r * ROUNDS + k) + 1]
-            a, b, c, d = a + low(first), b + high(first), c + low(second), d + high(second)
-        old = stream[k]
-        result += ((old[0] + a, old[1] + b, old[2] + c, old[3] + d),)
-    return result
-
-
-@gluon.jit
-def _normed(stream, gains, WIDTH: gl.constexpr, eps):
-    """The RMS norm of the residual stream, as `_pairs`."""
-    thread = gl.arange(0, THREADS, LINE)
-    squares = gl.zeros([THREADS], gl.float32, LINE)
-    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
-        v = stream[k]
-        square = v[0] * v[0] + v[1] * v[1] + (v[2] * v[2] + v[3] * v[3])
-        squares += gl.where(k * ROUND + thread * 4 < WIDTH, square, 0.0)
-    scale = gl.rsqrt(gl.sum(squares, 0) / WIDTH + eps)
-    result = ()
-    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
-        v, gain = stream[k], gains[k]
-        result += ((
-            packed(v[0] * scale * low(gain[0]), v[1] * scale * high(gain[0])),
-            packed(v[2] * scale * low(gain[1]), v[3] * scale * high(gain[1])),
-        ),)  # fmt: skip
-    return result
-
-
-@gluon.jit
-def _window(anchor, table, layer, conv, channel, inside, conv_row):
-    """Taps, bias and the last inputs of the convolution of some channels."""
-    taps = anchor + _field(table, layer, TAPS) + channel * 2
-    at = conv + channel
-    return (
-        gl.load(taps, mask=inside, other=0),
-        gl.load(taps + 1, mask=inside, other=0),
-        gl.load((anchor + _field(table, layer, CONV_BIAS)).to(BF16) + channel, mask=inside, other=0.0),
-        gl.load(at, mask=inside, other=0.0),
-        gl.load(at + conv_row, mask=inside, other=0.0),
-        gl.load(at + 2 * conv_row, mask=inside, other=0.0),
-    )
-
-
-@gluon.jit
-def _convolved(current, window, conv, channel, inside, conv_row):
-    """silu of the convolution, which takes `current` into its state."""
-    first, second, bias, lag3, lag2, lag1 = window
-    at = conv + channel
-    current = current.to(gl.bfloat16)
-    gl.store(at, lag2, mask=inside)
-    gl.store(at + conv_row, lag1, mask=inside)
-    gl.store(at + 2 * conv_row, current, mask=inside)
-    sum = bias.to(gl.float32) + low(first) * lag3.to(gl.float32) + high(first) * lag2.to(gl.float32)
-    sum += low(second) * lag1.to(gl.float32) + high(second) * current.to(gl.float32)
-    return rounded(silu(sum))
-
-
-@gluon.jit
-def _x_rows(start, first, P: gl.constexpr, D: gl.constexpr, WIDTH: gl.constexpr, OUTPUTS: gl.constexpr):
-    """This program's rows of x_proj, every P-th from `first` on: `_pairs` of WIDTH of each's D numbers."""
-    rows = ()
-    for j in gl.static_range((OUTPUTS + P - 1) // P):
-        row = first + j * P
-        rows += (_pairs(start + row * (D // 2), WIDTH, row < OUTPUTS),)
-    return rows
-
-
-@gluon.jit
-def _project(rows, u, scratch, P: gl.constexpr, D: gl.constexpr, OUTPUTS: gl.constexpr):
-    """The products of `_x_rows` with u; thread j gets that of row j."""
-    OWN: gl.constexpr = (OUTPUTS + P - 1) // P
-    thread = gl.arange(0, THREADS, LINE)
-    for j in gl.static_range(OWN):
-        sums = gl.zeros([THREADS], gl.float32, LINE)
-        for k in gl.static_range((D + ROUND - 1) // ROUND):
-            real = k * ROUND + thread * 4 < D
-            for i in gl.static_range(2):
-                w, v = rows[j][k][i], gl.where(real, u[2 * k + i], 0)
-                sums += low(w) * low(v) + high(w) * high(v)
-        of_warp = gl.sum(sums.reshape([WARPS, 32]), 1)
-        warp = gl.arange(0, WARPS, of_warp.type.layout)
-        store1(scratch + (j * WARPS + warp) * 4, of_warp)
-    barrier()
-    mine = scratch + gl.minimum(thread, OWN - 1) * (4 * WARPS)
-    product = load1(mine)
-    for warp in gl.static_range(1, WARPS):
-        product += load1(mine + warp * 4)
-    return product
-
-
-@gluon.jit
-def _keep_projected(
-    to, words, rms_eps, R: gl.constexpr, N: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr
-):
-    """Put dt, B and C, the sums of what came from all ranks, into shared memory, in float32."""
-    a, b, c, d = low(words[0]), high(words[0]), low(words[1]), high(words[1])
-    for r in gl.static_range(1, RANKS):
-        a, b = a + low(words[2 * r]), b + high(words[2 * r])
-        c, d = c + low(words[2 * r + 1]), d + high(words[2 * r + 1])
-    a, b, c, d = rounded(a), rounded(b), rounded(c), rounded(d)
-    element = gl.arange(0, THREADS, LINE) * 4
-    if RMS:
-        square = a * a + b * b + (c * c + d * d)
-        of_dt = element < R
-        of_B = (element >= R) & (element < R + N)
-        of_C = (element >= R + N) & (element < R + 2 * N)
-        dt = gl.rsqrt(gl.sum(gl.where(of_dt, square, 0.0), 0) / R + rms_eps)
-        B = gl.rsqrt(gl.sum(gl.where(of_B, square, 0.0), 0) / N + rms_eps)
-        C = gl.rsqrt(gl.sum(gl.where(of_C, square, 0.0), 0) / N + rms_eps)
-        scale = gl.where(of_dt, dt, gl.where(of_B, B, C))
-        a, b, c, d = a * scale, b * scale, c * scale, d * scale
-    store4(to + element * 4, a, b, c, d)
-    barrier()
 
 
 @gluon.jit
@@ -268,7 +121,7 @@ def _work(
     N: gl.constexpr, HEADS: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr, SHARERS: gl.constexpr,
     CHUNKS: gl.constexpr, SLOTS: gl.constexpr, BEFORE_X: gl.constexpr, NORMED: gl.constexpr,
 ):  # fmt: skip
-    """The other warps."""
+    """The warps that multiply, and do all else that a layer takes."""
     PARTS_IN: gl.constexpr = (H + 256 * CHUNKS - 1) // (256 * CHUNKS)
     PARTS_OUT: gl.constexpr = (D + 256 * CHUNKS - 1) // (256 * CHUNKS)
     OWN_IN: gl.constexpr = (D + P - 1) // P
@@ -303,18 +156,18 @@ def _work(
     slot = gl.load(slots).to(gl.int64)
     conv += slot * conv_slot
     ssm += slot * ssm_slot
-    gains = _pairs(anchor + _field(table, 0, NORM), H, always)
-    normed = _pairs(hidden.to(WORD), H, always)
+    gains = load_pairs(anchor + field(table, 0, NORM), H, always)
+    normed = load_pairs(hidden.to(WORD), H, always)
     stream = ()
     if residual is None:
         for k in gl.static_range((H + ROUND - 1) // ROUND):
             first, second = normed[k][0], normed[k][1]
             stream += ((low(first), high(first), low(second), high(second)),)
-        normed = _normed(stream, gains, H, eps)
+        normed = norm(stream, gains, H, eps)
     else:
         for k in gl.static_range((H + ROUND - 1) // ROUND):
-            stream += (_four(residual, k, H),)
-    _keep(kept, normed, H)
+            stream += (load_four(residual, k, H),)
+    keep(kept, normed, H)
 
     for layer in range(layers):
         exchange = so_far + layer
@@ -323,21 +176,21 @@ def _work(
         x_part = odd * (RANKS * X_BYTES) + head * (OUTPUTS * 4)
         h_part = 2 * RANKS * X_BYTES + odd * (RANKS * H_BYTES)
 
-        window = _window(anchor, table, layer, conv, channel, inside, conv_row)
+        window = load_window(anchor, table, layer, conv, channel, inside, conv_row)
         x = inputs(kept, PARTS_IN, CHUNKS)
         for i in range(TURNS):
             place = multiply(place, ring, x, products + i * 32, PARTS_IN, CHUNKS, SLOTS, True)
         barrier()
-        u = _convolved(total(products + own * 4), window, conv, channel, inside, conv_row)
+        u = convolve(total(products + own * 4), window, conv, channel, inside, conv_row)
         publish(u_words + channel.to(gl.int64) * 4, u, tag, inside, "gpu")
 
-        x_start = anchor + _field(table, layer, X) + head * (WIDTH // 2)
-        rows = _x_rows(x_start, program % OF_HEAD, OF_HEAD, D, WIDTH, OUTPUTS)
-        z_at = products + 4 * CHANNELS * WARPS
+        x_start = anchor + field(table, layer, X) + head * (WIDTH // 2)
+        rows = load_x_rows(x_start, program % OF_HEAD, OF_HEAD, D, WIDTH, OUTPUTS)
+        z_at = products + PRODUCTS // 2
         for i in range(BEFORE_X):
             place = multiply(place, ring, x, z_at + i * 32, PARTS_IN, CHUNKS, SLOTS, True)
         whole = poll(u_words + head * (WIDTH * 4), 0, WIDTH, tag, patient, FAILED + rank, WIDTH, 1, "gpu")
-        share = _project(rows, whole, wide, OF_HEAD, WIDTH, OUTPUTS)
+        share = project(rows, whole, wide, OF_HEAD, WIDTH, OUTPUTS)
         output = program % OF_HEAD + thread * OF_HEAD
         real = (thread < (OUTPUTS + OF_HEAD - 1) // OF_HEAD) & (output < OUTPUTS)
         for r in gl.static_range(SHARERS):
@@ -346,13 +199,13 @@ def _work(
 
         before = gl.load(ssm + cell, mask=inside[:, None], other=0.0)
         rates = gl.load(
-            (anchor + _field(table, layer, A_LOG)).to(FLOAT) + cell, mask=inside[:, None], other=0.0
+            (anchor + field(table, layer, A_LOG)).to(FLOAT) + cell, mask=inside[:, None], other=0.0
         )
-        skip = gl.load((anchor + _field(table, layer, SKIP)).to(FLOAT) + channel, mask=inside, other=0.0)
-        bias = gl.load((anchor + _field(table, layer, DT_BIAS)).to(FLOAT) + channel, mask=inside, other=0.0)
+        skip = gl.load((anchor + field(table, layer, SKIP)).to(FLOAT) + channel, mask=inside, other=0.0)
+        bias = gl.load((anchor + field(table, layer, DT_BIAS)).to(FLOAT) + channel, mask=inside, other=0.0)
         dt_row = gl.multiple_of(channel * (R // 2), 4)
         expand = gl.load(
-            anchor + _field(table, layer, DT) + (dt_row[:, None] + pair[None, :]),
+            anchor + field(table, layer, DT) + (dt_row[:, None] + pair[None, :]),
             mask=inside[:, None] & (pair < R // 2)[None, :], other=0,
         )  # fmt: skip
         for i in range(BEFORE_X, TURNS):
@@ -365,7 +218,7 @@ def _work(
         # where not all ranks share, one may wait for a rank that this one has heard
         limits = patient if SHARERS < RANKS else waits
         given = poll(shared + x_part, X_BYTES, OUTPUTS, tag, limits, blamed, OUTPUTS, SHARERS, X_SCOPE)
-        _keep_projected(wide, given, rms_eps, R, N, RMS, SHARERS)
+        keep_projected(wide, given, rms_eps, R, N, RMS, SHARERS)
         dt = load2(wide + pair * 8)
         B, C = load1(wide + (R + n) * 4), load1(wide + (R + N + n) * 4)
         dot = low(expand) * dt[0][None, :] + high(expand) * dt[1][None, :]
@@ -377,12 +230,12 @@ def _work(
         conv += conv_layer
         ssm += ssm_layer
 
-        gains = _pairs(anchor + _field(table, layer + 1, NORM), H, always)
+        gains = load_pairs(anchor + field(table, layer + 1, NORM), H, always)
         whole = poll(y_words, 0, D, tag, patient, FAILED + rank, D, 1, "gpu")
         gathered = ()
         for k in gl.static_range((D + ROUND - 1) // ROUND):
             gathered += ((whole[2 * k], whole[2 * k + 1]),)
-        _keep(kept, gathered, D)
+        keep(kept, gathered, D)
         v = kept
         if HOLDS_Y:
             v = inputs(kept, PARTS_OUT, CHUNKS)
@@ -396,9 +249,9 @@ def _work(
             publish(to, share, tag, (thread < OWN_OUT) & (number < H), SCOPE)
 
         came = poll(shared + h_part, H_BYTES, H, tag, waits, FAILED, H, RANKS, SCOPE)
-        stream = _added(stream, came, H, RANKS)
-        normed = _normed(stream, gains, H, eps)
-        _keep(kept, normed, H)
+        stream = add_sums(stream, came, H, RANKS)
+        normed = norm(stream, gains, H, eps)
+        keep(kept, normed, H)
 
     if program == 0:
         for k in gl.static_range((H + ROUND - 1) // ROUND):
@@ -434,9 +287,8 @@ def layers_kernel(
     D_BYTES: gl.constexpr = (D + VECTOR - 1) // VECTOR * VECTOR * 2
     H_BYTES: gl.constexpr = (H + VECTOR - 1) // VECTOR * VECTOR * 2
     KEPT: gl.constexpr = H_BYTES if H_BYTES > D_BYTES else D_BYTES
-    RING: gl.constexpr = SLOTS * WARPS * (CHUNKS * 512 + 64)
-    PRODUCTS: gl.constexpr = 2 * WARPS * CHANNELS * 4
-    BYTES: gl.constexpr = RING + KEPT + 4 * ROUND + PRODUCTS + 16 * SLOTS
+    RING: gl.constexpr = SLOTS * WARPS * row_bytes(CHUNKS)
+    BYTES: gl.constexpr = RING + KEPT + SCRATCH + PRODUCTS + 16 * SLOTS
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     arena = gl.allocate_shared_memory(gl.int32, [(BYTES + 4095) // 4096, 1024], FLAT)
     start = address_of(arena)
@@ -444,7 +296,7 @@ def layers_kernel(
         clear(start, (RING + 4095) // 4096 * 4096)
     kept = start + RING
     wide = kept + KEPT
-    products = wide + 4 * ROUND
+    products = wide + SCRATCH
     arrived = products + PRODUCTS
     ring = (start, arrived, arrived + 8 * SLOTS)
     open_barriers(arrived, 2 * SLOTS)

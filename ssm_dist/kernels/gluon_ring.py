@@ -18,12 +18,15 @@ address, which `address_of` finds, and all that touches it is assembly.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ssm_dist.kernels import gluon_layers_form as form
 from ssm_dist.kernels.gluon_words import LINE, THREADS
 
-WARPS = gl.constexpr(8)
-"""Warps that multiply; so many rows a piece."""
+WARPS = gl.constexpr(form.WARPS)
 MARK = gl.constexpr(0x5EED1234)
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
+
+
+row_bytes = gluon.constexpr_function(form.row_bytes)
 
 
 @gluon.jit
@@ -98,15 +101,15 @@ FETCH = gl.constexpr("""
 
 
 @gluon.jit
-def fetch(ring, slot, source, bytes, CHUNKS: gl.constexpr):
-    """Ask for a piece: source, (32,) int64, addresses of the parts of rows; bytes: of each, or 0 for none.
+def fetch(ring, slot, source, size, CHUNKS: gl.constexpr):
+    """Ask for a piece: source, (32,) int64, addresses of the parts of rows; size: bytes of each, or 0.
 
     ring: addresses of the pieces, of the barriers of their arrival, and of those of their release.
     """
     row = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    to = ring[0] + (slot * WARPS + row) * (CHUNKS * 512 + 64)  # rows 64 bytes apart in the banks
+    to = ring[0] + (slot * WARPS + row) * row_bytes(CHUNKS)
     gl.inline_asm_elementwise(
-        FETCH, "=r,r,l,r,r,r", [to, source, ring[1] + slot * 8, bytes, WARPS], gl.int32,
+        FETCH, "=r,r,l,r,r,r", [to, source, ring[1] + slot * 8, size, WARPS], gl.int32,
         is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -214,11 +217,11 @@ def multiply(
     zero = gl.zeros([THREADS], gl.float32, LINE)
     none = (zero, zero, zero, zero)
     a, b, c, d = none, none, none, none
-    from_row = _own_share(ring[0], thread, CHUNKS) + thread % 32 // 4 * (CHUNKS * 512 + 64)
+    from_row = _own_share(ring[0], thread, CHUNKS) + thread % 32 // 4 * row_bytes(CHUNKS)
     for part in gl.static_range(PARTS):
         wait_for(ring[1] + slot * 8, phase, thread)
         for k in gl.static_range(CHUNKS):
-            w = load4(from_row + (slot * (WARPS * (CHUNKS * 512 + 64)) + k * 64))
+            w = load4(from_row + (slot * (WARPS * row_bytes(CHUNKS)) + k * 64))
             if HELD:
                 v = x[part * CHUNKS + k]
             else:
