@@ -32,10 +32,7 @@ def fuse_layers(
     if device.type != "cuda":
         return
     weights, ranks = [_weights(layer) for layer in model.layers], None
-    why = "as [kernels] asks" if section.fuse_layers == "none" or kernels != "triton" else ""
-    if section.fuse_layers == "auto" and len(model.runs()) > 1:
-        why = why or "since runs of some layers have yet to be timed; [kernels] fuse_layers = 'all' has them"
-    why = why or _objection(model, weights, device)
+    why = objection(model, weights, section, kernels, device)
     if tp is not None:
         ranks, why = _words(model, tp, why, device)
     if not why:
@@ -57,8 +54,15 @@ def _weights(layer: nn.Module) -> LayerWeights | None:
     return _mixer(layer).with_norm(norm.weight)
 
 
-def _objection(model: LanguageModel, weights: list[LayerWeights | None], device: torch.device) -> str:
-    """Why these layers cannot be served, or nothing."""
+def objection(
+    model: LanguageModel, weights: list[LayerWeights | None], section: KernelsConfig, kernels: str,
+    device: torch.device,
+) -> str:  # fmt: skip
+    """Why a model with these layers on a rank goes layer by layer, as far as one rank knows, or nothing."""
+    if section.fuse_layers == "none" or kernels != "triton":
+        return "as [kernels] asks"
+    if section.fuse_layers == "auto" and len(model.runs()) > 1:
+        return "since runs of some layers have yet to be timed; [kernels] fuse_layers = 'all' has them"
     heads = _mixer(model.layers[0]).x_proj.heads_held
     for layer in weights:
         if layer is None:

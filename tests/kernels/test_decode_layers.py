@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import KernelsConfig
-from ssm_dist.fused_layers import fuse_layers
+from ssm_dist.fused_layers import fuse_layers, objection
 from ssm_dist.kernels import decode_layers
 from ssm_dist.kernels.decode_layers import ARENA_BYTES, kernel_sizes, programs_of, reason_against
 from ssm_dist.kernels.gluon_layers_form import CHANNELS, row_bytes
@@ -66,6 +66,26 @@ def test_a_cpu_goes_layer_by_layer(biased: bool) -> None:
     if weights is not None:
         assert [t.is_contiguous() for t in weights.all()] == [True] * 4 + [False] + [True] * 5
         assert "Hopper" in str(reason_against(weights, 1, CPU))
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "kernels", "said"),
+    [
+        ("mamba", "none", "triton", "as [kernels] asks"),
+        ("mamba", "auto", "reference", "as [kernels] asks"),
+        ("zamba", "auto", "triton", "fuse_layers = 'all'"),
+        ("zamba", "all", "triton", "Hopper"),
+        ("mamba", "auto", "triton", "Hopper"),
+    ],
+)
+def test_what_keeps_layers_apart(name: str, asked: str, kernels: str, said: str) -> None:
+    model = _model(name)
+    weights = [layer.mixer.with_norm(layer.norm.weight) for layer in model.layers]  # type: ignore[operator,union-attr]
+    section = KernelsConfig.model_validate({"fuse_layers": asked})
+    assert said in objection(model, weights, section, kernels, CPU)  # type: ignore[arg-type]
+    assert "biases" in objection(
+        model, [None], KernelsConfig(fuse_layers="all"), "triton", CPU
+    )
 
 
 def test_runs_begin_at_hybrid_layers() -> None:
