@@ -25,7 +25,8 @@ import torch.distributed as dist
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.config_reading import build_config
 from ssm_dist.kernel_benchmark.program import environment
-from ssm_dist.kernels.decode_layers import ARENA_BYTES, LayerStack
+from ssm_dist.kernels.decode_layers import LayerStack
+from ssm_dist.kernels.gluon_layers_form import piece_bytes
 from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import close_ranks
 from ssm_dist.state_cache import StateCache
@@ -48,8 +49,7 @@ def changes(options: argparse.Namespace, constants: dict[str, int]) -> Iterator[
     for name, values in (("AHEAD", options.ahead), ("BEFORE_X", options.before_x)):
         yield from ({name: value} for value in values if value != constants[name])
     for chunks in options.chunks:
-        others = constants["SLOTS"] * (8 * (constants["CHUNKS"] * 512 + 64) + 16)
-        slots = min(others, ARENA_BYTES) // (8 * (chunks * 512 + 64) + 16)
+        slots = constants["SLOTS"] * piece_bytes(constants["CHUNKS"]) // piece_bytes(chunks)
         yield from ({"CHUNKS": chunks, "SLOTS": slots, "AHEAD": ahead} for ahead in (2, 3) if ahead < slots)
 
 

@@ -26,7 +26,7 @@ from ssm_dist.kernels.gluon_layers_form import (
     VECTOR,
     WARPS,
     X_WORDS,
-    row_bytes,
+    piece_bytes,
 )
 from ssm_dist.kernels.operators import operator
 
@@ -123,7 +123,7 @@ def programs_of(d_model: int, multiprocessors: int) -> int:
 
 def words_of_ranks(ranks: int, d_model: int) -> int:
     """Words, of 4 bytes, that a rank's memory has for what all ranks send it."""
-    return 2 * ranks * (X_WORDS + _padded(d_model))
+    return 2 * ranks * (X_WORDS + _up(d_model, VECTOR))
 
 
 def kernel_sizes(
@@ -132,14 +132,14 @@ def kernel_sizes(
     """The kernel's constants that follow from sizes, for so many channels on a rank.
 
     CHUNKS: of 256 numbers in a part of a row that is fetched at once, so that what the last part lacks is
-    within the zeros of a round of threads; SLOTS: pieces of the ring; BEFORE_X:
-    turns of z before x_proj, while its input is on its way; AHEAD: pieces in flight.
+    within the zeros of a round of threads; SLOTS: pieces of the ring; BEFORE_X: turns of z before x_proj,
+    while its input is on its way; AHEAD: pieces in flight.
     """
     widths = d_model, channels
-    fitting = [c for c in range(3, 9) if all(_parts(w, c) * c * 256 <= _in_rounds(w) for w in widths)]
-    chunks = min(fitting, key=lambda c: (sum(_parts(w, c) * c for w in widths), -c))
-    piece = WARPS * row_bytes(chunks) + 16
-    others = 2 * max(_padded(d_model), _padded(channels)) + SCRATCH_BYTES + PRODUCT_BYTES
+    fitting = [c for c in range(3, 9) if all(_up(w, 256 * c) <= _up(w, ROUND) for w in widths)]
+    chunks = min(fitting, key=lambda c: (sum(_up(w, 256 * c) for w in widths), -c))
+    piece = piece_bytes(chunks)
+    others = 2 * max(_up(w, VECTOR) for w in widths) + SCRATCH_BYTES + PRODUCT_BYTES
     turns = math.ceil(math.ceil(channels / programs) / WARPS)
     return {
         "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states,
@@ -157,7 +157,7 @@ class Exchange:
         """channels: of a layer on this rank; ranks: None for one alone."""
         self.programs = programs_of(d_model, _multiprocessors(device))
         self.ranks = _alone(words_of_ranks(1, d_model), device) if ranks is None else ranks
-        self.words = torch.zeros(4 * _padded(channels), dtype=torch.int32, device=device)
+        self.words = torch.zeros(4 * _up(channels, VECTOR), dtype=torch.int32, device=device)
         self.counters = torch.ones(self.programs, dtype=torch.int32, device=device)
         """Layers so far and one: the tag 0 would be that of words without any."""
 
@@ -167,22 +167,20 @@ class LayerStack:
 
     def __init__(
         self, layers: Sequence[LayerWeights], exchange: Exchange, eps: float, *,
-        rms_eps: float | None = None, last_norm: Tensor | None = None, heads: int = 1,
-        sharers: int | None = None,
+        rms_eps: float | None, last_norm: Tensor | None, heads: int, sharers: int,
     ) -> None:  # fmt: skip
         """For layers that `reason_against` finds nothing against; it keeps their weights where they are now.
 
         last_norm: (H,) bfloat16, of the norm after them; None for none. rms_eps: as in
         `projected_state_update`; heads: that this rank has, or has a part of; sharers: neighbouring ranks
-        that have parts of the same heads, by default all.
+        that have parts of the same heads.
         """
         first, device = layers[0], layers[0].norm.device
         self.name = f"layers {next(_numbers)}"
         self.layers, self._exchange, self._last_norm = list(layers), exchange, last_norm
         self._eps, self._rms_eps, self._heads = eps, rms_eps, heads
         ranks = exchange.ranks
-        span = sharers or len(ranks.addresses)
-        self._sharers = ranks.addresses[ranks.rank // span * span :][:span]
+        self._sharers = ranks.addresses[ranks.rank // sharers * sharers :][:sharers]
         self._anchor = first.in_proj.view(torch.int32)
         places = [[self._distance(t) for t in layer.all()] for layer in layers]
         places.append([0 if last_norm is None else self._distance(last_norm)])
@@ -248,24 +246,15 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def _parts(width: int, chunks: int) -> int:
-    return -(-width // (256 * chunks))
-
-
-def _in_rounds(width: int) -> int:
-    """Numbers of a vector that the kernel has in shared memory, with zeros at its end."""
-    return -(-width // ROUND) * ROUND
-
-
-def _padded(width: int) -> int:
-    return -(-width // VECTOR) * VECTOR
+def _up(width: int, multiple: int) -> int:
+    return -(-width // multiple) * multiple
 
 
 def _alone(words: int, device: torch.device) -> RankWords:
+    from ssm_dist.kernels.triton_remote import error_words  # a CPU needs no Triton
+
     memory = torch.zeros(words, dtype=torch.int32, device=device)
     nobody_reads = torch.zeros(1, dtype=torch.int32, pin_memory=True)
-    from ssm_dist.kernels.triton_remote import error_words
-
     return RankWords(
         0, (memory.data_ptr(),), error_words(nobody_reads, device), UNBOUNDED, (memory, nobody_reads)
     )

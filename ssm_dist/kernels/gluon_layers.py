@@ -32,17 +32,18 @@ from ssm_dist.kernels.gluon_layers_steps import (
     field,
     keep,
     keep_projected,
-    load_four,
+    load_fours,
     load_pairs,
     load_window,
     load_x_rows,
     norm,
     project,
+    store_rounds,
+    widened,
 )
 from ssm_dist.kernels.gluon_ring import (
     WARPS,
     address_of,
-    barrier,
     clear,
     fetch,
     inputs,
@@ -54,7 +55,7 @@ from ssm_dist.kernels.gluon_ring import (
     total,
     wait_for,
 )
-from ssm_dist.kernels.gluon_warp import LOG2_E, WORD, silu, softplus
+from ssm_dist.kernels.gluon_warp import LOG2_E, WORD, barrier, silu, softplus
 from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, poll, publish, rounded
 
 CHANNELS = gl.constexpr(form.CHANNELS)
@@ -158,15 +159,11 @@ def _work(
     ssm += slot * ssm_slot
     gains = load_pairs(anchor + field(table, 0, NORM), H, always)
     normed = load_pairs(hidden.to(WORD), H, always)
-    stream = ()
     if residual is None:
-        for k in gl.static_range((H + ROUND - 1) // ROUND):
-            first, second = normed[k][0], normed[k][1]
-            stream += ((low(first), high(first), low(second), high(second)),)
+        stream = widened(normed, H)
         normed = norm(stream, gains, H, eps)
     else:
-        for k in gl.static_range((H + ROUND - 1) // ROUND):
-            stream += (load_four(residual, k, H),)
+        stream = load_fours(residual, H)
     keep(kept, normed, H)
 
     for layer in range(layers):
@@ -189,7 +186,7 @@ def _work(
         z_at = products + PRODUCTS // 2
         for i in range(BEFORE_X):
             place = multiply(place, ring, x, z_at + i * 32, PARTS_IN, CHUNKS, SLOTS, True)
-        whole = poll(u_words + head * (WIDTH * 4), 0, WIDTH, tag, patient, FAILED + rank, WIDTH, 1, "gpu")
+        whole = poll(u_words + head * (WIDTH * 4), 0, tag, patient, FAILED + rank, WIDTH, 1, "gpu")
         share = project(rows, whole, wide, OF_HEAD, WIDTH, OUTPUTS)
         output = program % OF_HEAD + thread * OF_HEAD
         real = (thread < (OUTPUTS + OF_HEAD - 1) // OF_HEAD) & (output < OUTPUTS)
@@ -217,7 +214,7 @@ def _work(
         blamed = FAILED + rank - x_rank
         # where not all ranks share, one may wait for a rank that this one has heard
         limits = patient if SHARERS < RANKS else waits
-        given = poll(shared + x_part, X_BYTES, OUTPUTS, tag, limits, blamed, OUTPUTS, SHARERS, X_SCOPE)
+        given = poll(shared + x_part, X_BYTES, tag, limits, blamed, OUTPUTS, SHARERS, X_SCOPE)
         keep_projected(wide, given, rms_eps, R, N, RMS, SHARERS)
         dt = load2(wide + pair * 8)
         B, C = load1(wide + (R + n) * 4), load1(wide + (R + N + n) * 4)
@@ -231,7 +228,7 @@ def _work(
         ssm += ssm_layer
 
         gains = load_pairs(anchor + field(table, layer + 1, NORM), H, always)
-        whole = poll(y_words, 0, D, tag, patient, FAILED + rank, D, 1, "gpu")
+        whole = poll(y_words, 0, tag, patient, FAILED + rank, D, 1, "gpu")
         gathered = ()
         for k in gl.static_range((D + ROUND - 1) // ROUND):
             gathered += ((whole[2 * k], whole[2 * k + 1]),)
@@ -248,21 +245,16 @@ def _work(
             to = peers[r] + (h_part + rank * H_BYTES + number.to(gl.int64) * 4)
             publish(to, share, tag, (thread < OWN_OUT) & (number < H), SCOPE)
 
-        came = poll(shared + h_part, H_BYTES, H, tag, waits, FAILED, H, RANKS, SCOPE)
+        came = poll(shared + h_part, H_BYTES, tag, waits, FAILED, H, RANKS, SCOPE)
         stream = add_sums(stream, came, H, RANKS)
         normed = norm(stream, gains, H, eps)
         keep(kept, normed, H)
 
     if program == 0:
-        for k in gl.static_range((H + ROUND - 1) // ROUND):
-            exists = k * ROUND + thread * 4 < H
-            if NORMED:
-                to = y.to(WORD) + (k * (ROUND // 2) + thread * 2)
-                for i in gl.static_range(2):
-                    gl.store(to + i, normed[k][i], mask=exists)
-            else:
-                for i in gl.static_range(4):
-                    gl.store(y + (k * ROUND + thread * 4 + i), stream[k][i], mask=exists)
+        if NORMED:
+            store_rounds(y.to(WORD), normed, 2, H)
+        else:
+            store_rounds(y, stream, 4, H)
     gl.store(counters + program, so_far + layers)
 
 

@@ -25,6 +25,11 @@ PRODUCT_BYTES = 2 * WARPS * CHANNELS * 4
 """Of shared memory: each warp's share of the products with x and z."""
 
 
+def piece_bytes(chunks: int) -> int:
+    """Of shared memory, with the barriers of its arrival and release."""
+    return WARPS * row_bytes(chunks) + 16
+
+
 def row_bytes(chunks: int) -> int:
     """From row to row of a piece of the ring, so that rows begin in other banks."""
     return chunks * 512 + 64

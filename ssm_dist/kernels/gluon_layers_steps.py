@@ -4,9 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels import gluon_layers_form as form
-from ssm_dist.kernels.gluon_ring import WARPS, barrier, load1, store1, store2, store4
-from ssm_dist.kernels.gluon_warp import silu
-from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, packed, rounded
+from ssm_dist.kernels.gluon_ring import WARPS, load1, store1, store2, store4
+from ssm_dist.kernels.gluon_warp import barrier, pack, silu
+from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, rounded
 
 NORM, IN, TAPS, CONV_BIAS, X, DT, DT_BIAS, A_LOG, SKIP, OUT = map(gl.constexpr, range(10))
 """Columns of the table: the order of `decode_layers.LayerWeights`."""
@@ -35,15 +35,39 @@ def load_pairs(start, WIDTH: gl.constexpr, inside):
 
 
 @gluon.jit
-def load_four(start, k: gl.constexpr, WIDTH: gl.constexpr):
-    """The numbers of `load_pairs` in round k, of (WIDTH,) float32."""
+def widened(pairs, WIDTH: gl.constexpr):
+    """What `load_pairs` gave, in float32, four numbers a round."""
+    result = ()
+    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
+        first, second = pairs[k][0], pairs[k][1]
+        result += ((low(first), high(first), low(second), high(second)),)
+    return result
+
+
+@gluon.jit
+def load_fours(start, WIDTH: gl.constexpr):
+    """The numbers of `load_pairs`, of (WIDTH,) float32."""
     thread = gl.arange(0, THREADS, LINE)
-    at = start + (k * ROUND + thread * 4)
-    here = k * ROUND + thread * 4 < WIDTH
-    return (
-        gl.load(at, mask=here, other=0.0), gl.load(at + 1, mask=here, other=0.0),
-        gl.load(at + 2, mask=here, other=0.0), gl.load(at + 3, mask=here, other=0.0),
-    )  # fmt: skip
+    result = ()
+    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
+        at = start + (k * ROUND + thread * 4)
+        here = k * ROUND + thread * 4 < WIDTH
+        four = ()
+        for i in gl.static_range(4):
+            four += (gl.load(at + i, mask=here, other=0.0),)
+        result += (four,)
+    return result
+
+
+@gluon.jit
+def store_rounds(start, rounds, EACH: gl.constexpr, WIDTH: gl.constexpr):
+    """Store what each thread has of (WIDTH,) numbers, EACH elements a round, in order."""
+    thread = gl.arange(0, THREADS, LINE)
+    for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
+        exists = k * ROUND + thread * 4 < WIDTH
+        to = start + (k * THREADS + thread) * EACH
+        for i in gl.static_range(EACH):
+            gl.store(to + i, rounds[k][i], mask=exists)
 
 
 @gluon.jit
@@ -56,18 +80,24 @@ def keep(to, pairs, WIDTH: gl.constexpr):
 
 
 @gluon.jit
+def sums_of_round(words, k: gl.constexpr, ROUNDS: gl.constexpr, RANKS: gl.constexpr):
+    """What came from all ranks for the four numbers of a thread in round k, added up in order."""
+    a, b = low(words[2 * k]), high(words[2 * k])
+    c, d = low(words[2 * k + 1]), high(words[2 * k + 1])
+    for r in gl.static_range(1, RANKS):
+        first, second = words[2 * (r * ROUNDS + k)], words[2 * (r * ROUNDS + k) + 1]
+        a, b, c, d = a + low(first), b + high(first), c + low(second), d + high(second)
+    return a, b, c, d
+
+
+@gluon.jit
 def add_sums(stream, words, WIDTH: gl.constexpr, RANKS: gl.constexpr):
     """The residual stream, by round four times (THREADS,), plus the sum of what came from all ranks."""
     ROUNDS: gl.constexpr = (WIDTH + ROUND - 1) // ROUND
     result = ()
     for k in gl.static_range(ROUNDS):
-        a, b = low(words[2 * k]), high(words[2 * k])
-        c, d = low(words[2 * k + 1]), high(words[2 * k + 1])
-        for r in gl.static_range(1, RANKS):
-            first, second = words[2 * (r * ROUNDS + k)], words[2 * (r * ROUNDS + k) + 1]
-            a, b, c, d = a + low(first), b + high(first), c + low(second), d + high(second)
-        old = stream[k]
-        result += ((old[0] + a, old[1] + b, old[2] + c, old[3] + d),)
+        old, new = stream[k], sums_of_round(words, k, ROUNDS, RANKS)
+        result += ((old[0] + new[0], old[1] + new[1], old[2] + new[2], old[3] + new[3]),)
     return result
 
 
@@ -85,8 +115,8 @@ def norm(stream, gains, WIDTH: gl.constexpr, eps):
     for k in gl.static_range((WIDTH + ROUND - 1) // ROUND):
         v, gain = stream[k], gains[k]
         result += ((
-            packed(v[0] * scale * low(gain[0]), v[1] * scale * high(gain[0])),
-            packed(v[2] * scale * low(gain[1]), v[3] * scale * high(gain[1])),
+            pack(v[0] * scale * low(gain[0]), v[1] * scale * high(gain[0]), False),
+            pack(v[2] * scale * low(gain[1]), v[3] * scale * high(gain[1]), False),
         ),)  # fmt: skip
     return result
 
@@ -160,10 +190,7 @@ def keep_projected(
     to, words, rms_eps, R: gl.constexpr, N: gl.constexpr, RMS: gl.constexpr, RANKS: gl.constexpr
 ):
     """Put dt, B and C, the sums of what came from all ranks, into shared memory, in float32."""
-    a, b, c, d = low(words[0]), high(words[0]), low(words[1]), high(words[1])
-    for r in gl.static_range(1, RANKS):
-        a, b = a + low(words[2 * r]), b + high(words[2 * r])
-        c, d = c + low(words[2 * r + 1]), d + high(words[2 * r + 1])
+    a, b, c, d = sums_of_round(words, 0, 1, RANKS)
     a, b, c, d = rounded(a), rounded(b), rounded(c), rounded(d)
     element = gl.arange(0, THREADS, LINE) * 4
     if RMS:

@@ -19,12 +19,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssm_dist.kernels import gluon_linear_form
 from ssm_dist.kernels.dependent_launch import launch_options
+from ssm_dist.kernels.gluon_warp import WORD, barrier, product_of_16
 from ssm_dist.kernels.triton_push import PushMemory
 from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD
 from ssm_dist.kernels.triton_shares import counters
 from ssm_dist.kernels.tuning import Configuration
 
-WORD = gl.constexpr(gl.pointer_type(gl.int32))
 PUSH_PAIRS = gl.constexpr("""
 {
     .reg .pred  wanted;
@@ -39,7 +39,6 @@ PUSH_PAIRS = gl.constexpr("""
 """As `push_words`, by the first 64 threads. Copies that other threads hold must not be sent: they might come
 when the word has been taken."""
 STEP = gl.constexpr(gluon_linear_form.STEP)
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
 
 
 @gluon.constexpr_function
@@ -52,25 +51,6 @@ def _lanes(warps, registers):
         [],
         [32 * registers * warps],
     )
-
-
-@gluon.constexpr_function
-def _assembly(half):
-    kind = "f16" if half else "bf16"
-    return (
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
-        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
-    )
-
-
-@gluon.jit
-def _product(a, b, c, HALF: gl.constexpr):
-    """Outputs a (16 x 16) times rows b (16 x 8) plus c: 4, 2 and 4 registers of a lane."""
-    return gl.inline_asm_elementwise(
-        _assembly(HALF), "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
-        [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]],
-        (gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
 
 
 @gluon.jit
@@ -162,8 +142,8 @@ def few_rows_kernel(
             a = held[2 * c]
             far = held[2 * c + 1]
             b = given[r * STEPS + c]
-            total = _product((a[0], far[0], a[1], far[1]), (b[0], b[1]), total, HALF)
-            total = _product((a[2], far[2], a[3], far[3]), (b[2], b[3]), total, HALF)
+            total = product_of_16((a[0], far[0], a[1], far[1]), (b[0], b[1]), total, HALF)
+            total = product_of_16((a[2], far[2], a[3], far[3]), (b[2], b[3]), total, HALF)
         sums += (total,)
     _finish(sums, bias, y, parts, counters + tile, share, first, n0, tokens, columns, peers, places,
             SHARES, EIGHTS, HAS_BIAS, WARPS, RANKS)  # fmt: skip

@@ -19,11 +19,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels import gluon_layers_form as form
+from ssm_dist.kernels.gluon_warp import barrier, product_of_16
 from ssm_dist.kernels.gluon_words import LINE, THREADS
 
 WARPS = gl.constexpr(form.WARPS)
 MARK = gl.constexpr(0x5EED1234)
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
 
 
 row_bytes = gluon.constexpr_function(form.row_bytes)
@@ -175,14 +175,9 @@ def store4(at, a, b, c, d):
 
 
 @gluon.jit
-def _product(x0, x1, w0, w1, c):
-    """x, as each of 16 rows, times eight rows of a weight, plus c: four registers of a lane."""
-    return gl.inline_asm_elementwise(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-        "{$0, $1, $2, $3}, {$4, $4, $5, $5}, {$6, $7}, {$8, $9, $10, $11};",
-        "=f,=f,=f,=f,r,r,r,r,f,f,f,f", [x0, x1, w0, w1, c[0], c[1], c[2], c[3]],
-        (gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
-    )  # fmt: skip
+def _times_x(x0, x1, w0, w1, c):
+    """x, as each of 16 rows, times eight rows of a weight, plus c."""
+    return product_of_16((x0, x0, x1, x1), (w0, w1), c, False)
 
 
 @gluon.jit
@@ -227,11 +222,11 @@ def multiply(
             else:
                 v = load4(_own_share(x + part * (CHUNKS * 512), thread, CHUNKS) + k * 64)
             if k % 2 == 0:
-                a = _product(v[0], v[1], w[0], w[1], a)
-                b = _product(v[2], v[3], w[2], w[3], b)
+                a = _times_x(v[0], v[1], w[0], w[1], a)
+                b = _times_x(v[2], v[3], w[2], w[3], b)
             else:
-                c = _product(v[0], v[1], w[0], w[1], c)
-                d = _product(v[2], v[3], w[2], w[3], d)
+                c = _times_x(v[0], v[1], w[0], w[1], c)
+                d = _times_x(v[2], v[3], w[2], w[3], d)
         _release(ring[2] + slot * 8, thread)
         phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
         slot = gl.where(slot == SLOTS - 1, 0, slot + 1)

@@ -32,6 +32,7 @@ def lanes(warps):
 
 
 WORD = gl.constexpr(gl.pointer_type(gl.int32))
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # the latter in Triton 3.6
 RESTORED = gl.constexpr(1 + 2**-11 * 0.7213475)
 """Against what is lost when a mantissa m, of density 1 / m, loses its last 13 bits: 2^-11 / m on average."""
 
@@ -111,6 +112,25 @@ def product(a, b, c):
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
         "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
         "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+        [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]],
+        (gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _product_assembly(half):
+    kind = "f16" if half else "bf16"
+    return (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
+        "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+
+
+@gluon.jit
+def product_of_16(a, b, c, HALF: gl.constexpr):
+    """Rows a (16 x 16) times columns b (16 x 8) of 16 bits plus c: 4, 2 and 4 registers of a lane."""
+    return gl.inline_asm_elementwise(
+        _product_assembly(HALF), "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
         [a[0], a[1], a[2], a[3], b[0], b[1], c[0], c[1], c[2], c[3]],
         (gl.float32, gl.float32, gl.float32, gl.float32), is_pure=True, pack=1,
     )  # fmt: skip

@@ -9,6 +9,7 @@ writes that one must know that everybody has read this one.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ssm_dist.kernels.gluon_warp import unpack
 from ssm_dist.kernels.triton_remote import FAIL, PATIENCE
 
 THREADS = gl.constexpr(256)
@@ -76,7 +77,7 @@ def _publishing(scope):
 
 @gluon.jit
 def poll(
-    address, distance, width, tag, waits, code, WIDTH: gl.constexpr, RANKS: gl.constexpr, SCOPE: gl.constexpr
+    address, distance, tag, waits, code, WIDTH: gl.constexpr, RANKS: gl.constexpr, SCOPE: gl.constexpr
 ):
     """What has come for a vector of WIDTH from RANKS ranks, four words a thread each round.
 
@@ -87,7 +88,7 @@ def poll(
     ROUNDS: gl.constexpr = (WIDTH + 4 * THREADS - 1) // (4 * THREADS)
     COUNT: gl.constexpr = 2 * ROUNDS * RANKS
     thread = gl.arange(0, THREADS, LINE)
-    whole = ((ROUNDS - 1) * 4 * THREADS + thread * 4 < width).to(gl.int32)
+    whole = ((ROUNDS - 1) * 4 * THREADS + thread * 4 < WIDTH).to(gl.int32)
     distance = gl.to_tensor(distance).to(gl.int64)  # the assembly takes 64 bits
     return gl.inline_asm_elementwise(
         _polling(ROUNDS, RANKS, SCOPE), _constraints(COUNT),
@@ -112,21 +113,13 @@ def publish(address, value, tag, wanted, SCOPE: gl.constexpr):
 @gluon.jit
 def low(word):
     """The first of two packed numbers, in float32."""
-    return (word << 16).to(gl.float32, bitcast=True)
+    return unpack(word, False)[0]
 
 
 @gluon.jit
 def high(word):
     """The second of two packed numbers, in float32."""
-    return (word & -65536).to(gl.float32, bitcast=True)
-
-
-@gluon.jit
-def packed(first, second):
-    """Two numbers, rounded, in a word."""
-    return gl.inline_asm_elementwise(
-        "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [first, second], gl.int32, is_pure=True, pack=1
-    )
+    return unpack(word, False)[1]
 
 
 @gluon.jit

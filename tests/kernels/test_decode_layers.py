@@ -14,7 +14,7 @@ from ssm_dist.config import KernelsConfig
 from ssm_dist.fused_layers import fuse_layers, objection
 from ssm_dist.kernels import decode_layers
 from ssm_dist.kernels.decode_layers import ARENA_BYTES, kernel_sizes, programs_of, reason_against
-from ssm_dist.kernels.gluon_layers_form import CHANNELS, row_bytes
+from ssm_dist.kernels.gluon_layers_form import CHANNELS, piece_bytes
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
@@ -49,7 +49,7 @@ def test_what_the_kernel_relies_on(name: str, degree: int) -> None:
         padded = math.ceil(width / (256 * found["CHUNKS"])) * 256 * found["CHUNKS"]
         assert padded <= math.ceil(width / 1024) * 1024, "x has no zeros there"
     assert 1 < found["AHEAD"] < found["SLOTS"]
-    ring = found["SLOTS"] * (8 * row_bytes(found["CHUNKS"]) + 16)
+    ring = found["SLOTS"] * piece_bytes(found["CHUNKS"])
     assert ring > 130_000, "too little to stream while the programs wait for each other"
     assert ring + 2 * max(sizes.d_model, channels) + 8192 <= ARENA_BYTES
 

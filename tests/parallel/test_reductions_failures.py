@@ -47,8 +47,7 @@ def test_memory_that_a_longer_message_outgrows_stays_for_steps_captured_before(
 ) -> None:
     group, cpu = register_lone_rank("growing", 2), torch.device("cpu")
     monkeypatch.setattr(shared, "_reason_against", lambda *_: None)
-    monkeypatch.setattr(shared, "_rendezvous", lambda *_: ((mock.Mock(buffer_ptrs=[0, 0]), None), None))
-    monkeypatch.setattr(shared, "everybodys", lambda _, mine: [mine] * 2)
+    monkeypatch.setattr(shared, "rendezvous", lambda *_: ((mock.Mock(buffer_ptrs=[0, 0]), None), None))
     monkeypatch.setattr(failures, "_say", lambda *_, **__: None)
     monkeypatch.setattr(failures, "_failure", lambda _, reason: RankFailure(reason))
     for message_bytes in (2**16, 2**16, 2**22):

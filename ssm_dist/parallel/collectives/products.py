@@ -16,7 +16,7 @@ from ssm_dist.kernels.linear import empty_outputs
 from ssm_dist.kernels.operators import operator
 from ssm_dist.parallel.collectives.groups import group_named, is_registered
 from ssm_dist.parallel.collectives.ops import like_normed
-from ssm_dist.parallel.collectives.selection import Wire, choose
+from ssm_dist.parallel.collectives.selection import Wire, is_one_shot
 
 if TYPE_CHECKING:
     from ssm_dist.parallel.collectives.shared import SharedMemory
@@ -33,7 +33,7 @@ def pushes_product(x: Tensor, weight: Tensor, group: str, wire: Wire, *, with_no
     if ranks.memory is None or not ranks.memory.pushes_product(x, weight, with_norm):
         return False
     outputs = x.new_empty((len(x), len(weight)), device="meta")
-    return choose(ranks, outputs, wire.codec, wire.group_size, wire.algorithm, with_norm) == "one_shot"
+    return is_one_shot(ranks, outputs, wire, with_norm)
 
 
 def _like_outputs(x: Tensor, weight: Tensor, group: str) -> Tensor:

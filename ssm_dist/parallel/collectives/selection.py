@@ -77,3 +77,11 @@ def choose(
         if memory is not None and memory.fits(candidate, x, codec, group_size, with_norm):
             return candidate
     return by_table(group.backend, group.size, codec, x.numel() * x.itemsize)
+
+
+def is_one_shot(group: Group, rows: Tensor, wire: Wire, with_norm: bool) -> bool:
+    """Whether the group would sum rows (T, N) like these one-shot.
+
+    Then a kernel may send them itself, as they are, and add up what comes. By sizes, alike on all ranks.
+    """
+    return choose(group, rows, wire.codec, wire.group_size, wire.algorithm, with_norm) == "one_shot"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -186,10 +187,9 @@ def _open(
 ) -> tuple[SharedMemory | None, str | None]:
     """The memory; or None and why not, on all ranks alike."""
     at_push, size = bulk_bytes(group.size, capacity), push_bytes(group.size, slots, slot_bytes)
-    handle, problem = _rendezvous(group, at_push, size, device)
-    problems = [p for p in everybodys(group, problem) if p is not None]  # nobody sends before all are ready
-    if problems:
-        return None, f"memory cannot be shared ({problems[0]})"
+    handle, problem = rendezvous(group, at_push + size, lambda b: _clear(b, at_push), device)
+    if problem is not None:
+        return None, problem
     return _memory_at(list(handle[0].buffer_ptrs), group, slots, slot_bytes, capacity, device, handle), None
 
 
@@ -216,18 +216,31 @@ def _memory_at(
     return SharedMemory(push, bulk, error, handle)
 
 
-def _rendezvous(group: Group, bulk: int, push: int, device: torch.device) -> tuple[Any, str | None]:
-    """torch's symmetric memory with its buffer, both parts ready for use; or None and what went wrong."""
+def _clear(buffer: Tensor, bulk: int) -> None:
+    """Make both parts ready for use."""
+    buffer[:bulk].zero_()
+    buffer[bulk:].fill_(0xFF)
+
+
+def rendezvous(
+    group: Group, size: int, clear: Callable[[Tensor], object], device: torch.device
+) -> tuple[Any, str | None]:
+    """torch's symmetric memory with its buffer of `size` bytes, cleared on all ranks; or None, and why not.
+
+    All ranks of the group call it alike, and get memory, or the same reason, alike.
+    """
     import torch.distributed._symmetric_memory as symmetric_memory
 
+    made, problem = None, None
     try:
-        buffer = symmetric_memory.empty(bulk + push, dtype=torch.uint8, device=device)
-        buffer[:bulk].zero_()
-        buffer[bulk:].fill_(0xFF)
+        buffer = symmetric_memory.empty(size, dtype=torch.uint8, device=device)
+        clear(buffer)
         torch.cuda.synchronize(device)
-        return (symmetric_memory.rendezvous(buffer, group.handle), buffer), None
+        made = symmetric_memory.rendezvous(buffer, group.handle), buffer
     except RuntimeError as error:  # an old driver, a container without the rights, no memory left
-        return None, str(error).splitlines()[0]
+        problem = str(error).splitlines()[0]
+    problems = [p for p in everybodys(group, problem) if p is not None]  # nobody sends before all are ready
+    return (None, f"memory cannot be shared ({problems[0]})") if problems else (made, None)
 
 
 def _nanoseconds(seconds: float) -> int:
