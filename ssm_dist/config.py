@@ -49,9 +49,9 @@ class KernelsConfig(Section):
     backend: Literal["auto", "reference", "triton", "mamba_ssm"] = "auto"
     """Implementation of the ops; auto takes the fastest that works on this device."""
 
-    fuse_layers: Literal["auto", "all", "none"] = "auto"
-    """Whether decode steps of one sequence run many layers in one kernel, where GPU, model and sums allow it;
-    auto: only where those are all layers, which leaves hybrid models out."""
+    fuse_layers: Literal["auto", "none"] = "auto"
+    """Whether decode steps of one sequence run many layers in one kernel; auto: where GPU, model and sums
+    allow it."""
 
 
 class ReductionConfig(Section):

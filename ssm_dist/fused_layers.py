@@ -61,8 +61,6 @@ def objection(
     """Why a model with these layers on a rank goes layer by layer, as far as one rank knows, or nothing."""
     if section.fuse_layers == "none" or kernels != "triton":
         return "as [kernels] asks"
-    if section.fuse_layers == "auto" and len(model.runs()) > 1:
-        return "since runs of some layers have yet to be timed; [kernels] fuse_layers = 'all' has them"
     heads = _mixer(model.layers[0]).x_proj.heads_held
     for layer in weights:
         if layer is None:

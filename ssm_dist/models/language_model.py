@@ -59,7 +59,7 @@ class LanguageModel(nn.Module, ABC):
 
     def goes_by_stacks(self, batch: RaggedBatch, state: ModelState) -> bool:
         """Whether a batch is for `stacks`."""
-        return bool(self.stacks) and state.stacked is not None and batch.decode and len(batch.tokens) == 1
+        return len(self.stacks) > 0 and state.stacked is not None and batch.decode and len(batch.tokens) == 1
 
     @abstractmethod
     def runs(self) -> list[range]:

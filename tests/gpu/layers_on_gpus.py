@@ -75,7 +75,7 @@ def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Fo
     tp = _ranks(60.0)
     with backend.using("triton", device):
         model, truth = _model(name, tp, device), _model(name, None, device).float()
-        fuse_layers(model, tp, KernelsConfig(fuse_layers="all"), "triton", device)
+        fuse_layers(model, tp, KernelsConfig(), "triton", device)
         stacks = model.stacks
         assert stacks
         states = [_states(m, device, state_dtype) for m in (model, model)]

@@ -73,8 +73,7 @@ def test_a_cpu_goes_layer_by_layer(biased: bool) -> None:
     [
         ("mamba", "none", "triton", "as [kernels] asks"),
         ("mamba", "auto", "reference", "as [kernels] asks"),
-        ("zamba", "auto", "triton", "fuse_layers = 'all'"),
-        ("zamba", "all", "triton", "Hopper"),
+        ("zamba", "auto", "triton", "Hopper"),
         ("mamba", "auto", "triton", "Hopper"),
     ],
 )
@@ -83,9 +82,7 @@ def test_what_keeps_layers_apart(name: str, asked: str, kernels: str, said: str)
     weights = [layer.mixer.with_norm(layer.norm.weight) for layer in model.layers]  # type: ignore[operator,union-attr]
     section = KernelsConfig.model_validate({"fuse_layers": asked})
     assert said in objection(model, weights, section, kernels, CPU)  # type: ignore[arg-type]
-    assert "biases" in objection(
-        model, [None], KernelsConfig(fuse_layers="all"), "triton", CPU
-    )
+    assert "biases" in objection(model, [None], KernelsConfig(), "triton", CPU)
 
 
 def test_runs_begin_at_hybrid_layers() -> None:
