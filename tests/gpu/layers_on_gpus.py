@@ -177,7 +177,7 @@ def _config(fused: bool, mode: str) -> Any:
 
     degree = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     given = {
-        "model": {"preset": "mamba-370m"}, "parallel": {"tensor": degree}, "compile": {"mode": mode},
+        "model": {"preset": "mamba-130m"}, "parallel": {"tensor": degree}, "compile": {"mode": mode},
         "kernels": {"backend": "triton", "fuse_layers": "auto" if fused else "none"},
         "cache": {"max_sequences": 2},
     }  # fmt: skip
