@@ -138,7 +138,7 @@ def answers(fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]
     """Tokens and log-probabilities of requests alone, and of two of which one ends early."""
     llm = LLM.from_config(_config(fused, mode))
     alone, brief = (SamplingParams(max_new_tokens=n, ignore_eos=True, logprobs=0) for n in (60, 20))
-    prompts: list[Any] = [[(17 * i + 5 * j) % 5000 for j in range(1 + 9 * i)] for i in range(8)]
+    prompts: list[Any] = [[(17 * i + 5 * j) % 5000 for j in range(10)] for i in range(4)]
     done = [completion for prompt in prompts for completion in llm.generate([prompt], alone)]
     done += llm.generate(prompts[:2], [alone, brief])
     return [c.token_ids for c in done], [c.logprobs for c in done]
