@@ -1,12 +1,13 @@
-"""All layers in one kernel, for one sequence, by how much is asked for ahead of its use.
+"""All layers in one kernel, for a few sequences, by how much is asked for ahead of its use.
 
     torchrun --standalone --nproc-per-node 2 benchmarks/fused_layers.py --out FILE.json [--models mamba-2.8b]
-        [--ahead 2 3 4] [--before-x 1 2] [--chunks 5 10]
+        [--sequences 1 4 8] [--ahead 2 3 4] [--before-x 1 2] [--chunks 5 10]
 
-Milliseconds of `LayerStack.launch` on random weights, without embedding and head: the median of 15 replays
-of a CUDA graph of four. AHEAD and BEFORE_X are those of `kernel_sizes`, which the first row of a model has;
-every value named is tried in place of its own. --chunks changes the pieces, with as many slots as fit. The
-floor is the time to read a rank's weights at 4.24 TB/s.
+Milliseconds of all layers on random weights, with the embedding, without the head: the median of 15 replays
+of a CUDA graph of four steps, in one kernel and layer by layer. AHEAD and BEFORE_X are those of
+`decode_sizes`, which the first row has; every value named is tried in place of its own. --chunks changes the
+pieces of one sequence, with as many slots as fit. The floor is the time to read a rank's weights once, and
+its states twice, at 4.24 TB/s.
 """
 
 from __future__ import annotations
@@ -25,21 +26,22 @@ import torch.distributed as dist
 from ssm_dist.build import LoadedModel, load_model
 from ssm_dist.config_reading import build_config
 from ssm_dist.kernel_benchmark.program import environment
-from ssm_dist.kernels.decode_layers import LayerStack
 from ssm_dist.kernels.gluon_layers_form import piece_bytes
+from ssm_dist.models.batch import RaggedBatch
+from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import close_ranks
 from ssm_dist.state_cache import StateCache
 
 COPY = 4.24e12
 """Bytes a second."""
-STEPS, REPLAYS = 4, 15
+STEPS, REPLAYS, SLOTS = 4, 15, 16
 
 
 def loaded(model: str) -> LoadedModel:
     """A preset at the degree that torchrun started."""
     degree = int(os.environ.get("WORLD_SIZE", "1"))
-    given = {"model": {"preset": model}, "parallel": {"tensor": degree}, "cache": {"max_sequences": 2}}
+    given = {"model": {"preset": model}, "parallel": {"tensor": degree}, "cache": {"max_sequences": SLOTS}}
     return load_model(build_config(None, given, given_by="this program"))
 
 
@@ -48,21 +50,24 @@ def changes(options: argparse.Namespace, constants: dict[str, int]) -> Iterator[
     yield {}
     for name, values in (("AHEAD", options.ahead), ("BEFORE_X", options.before_x)):
         yield from ({name: value} for value in values if value != constants[name])
-    for chunks in options.chunks:
+    for chunks in options.chunks if "SEQ" not in constants else []:
         slots = constants["SLOTS"] * piece_bytes(constants["CHUNKS"]) // piece_bytes(chunks)
         yield from ({"CHUNKS": chunks, "SLOTS": slots, "AHEAD": ahead} for ahead in (2, 3) if ahead < slots)
 
 
-def milliseconds(stack: LayerStack, cache: StateCache, hidden: torch.Tensor) -> list[float]:
+def milliseconds(model: LanguageModel, cache: StateCache, sequences: int) -> list[float]:
     """Of a step, of each replay."""
-    slots = torch.zeros(1, dtype=torch.int32, device=hidden.device)
-    conv, ssm = cache.state.part(range(len(stack.layers)))
-    stack.launch(hidden, None, slots, conv, ssm)
+    device = model.embedding.weight.device
+    places = torch.arange(sequences + 1, dtype=torch.int32, device=device)
+    batch = RaggedBatch(
+        places[:-1].long() + 7, places, places[:-1], places[:-1].long() * 0, decode=True, pages=None
+    )
+    model(batch, cache.state)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(STEPS):
-            stack.launch(hidden, None, slots, conv, ssm)
+            model(batch, cache.state)
     if dist.is_initialized():
         dist.barrier()
     times = []
@@ -79,25 +84,34 @@ def milliseconds(stack: LayerStack, cache: StateCache, hidden: torch.Tensor) -> 
 def rows(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One for each variant of a model."""
     it = loaded(name)
-    if len(it.model.stacks) != 1:
+    model = it.model
+    if len(model.stacks) != 1:
         sys.exit(f"{name}: the log says why its layers are not in one kernel here")
-    stack, d_model = it.model.stacks[0], it.config.d_model
     cache = StateCache(
-        it.model.state_shapes(), max_sequences=2, max_tokens=1, dtype=it.dtype, state_dtype=torch.float32,
+        model.state_shapes(), max_sequences=SLOTS, max_tokens=1, dtype=it.dtype, state_dtype=torch.float32,
         device=it.device,
     )  # fmt: skip
-    hidden = torch.randn(1, d_model, device=it.device).to(it.dtype)
+    stacks, (stack,) = model.stacks, model.stacks
     weights = sum(t.nbytes for layer in stack.layers for t in layer.all())
-    constants = stack.constants
-    for change in changes(options, constants):
-        stack.constants = constants | change
-        times = milliseconds(stack, cache, hidden)
-        yield {
-            "model": name, "degree": stack.constants["RANKS"], **change,
-            "ms": round(times[len(times) // 2], 4), "least": round(times[0], 4),
-            "floor": round(1e3 * weights / COPY, 4),
-            **({} if change else {"constants": constants}),
-        }  # fmt: skip
+    states = 2 * sum(state.ssm[0].nbytes for state in cache.state.mixers)
+    for sequences in options.sequences:
+        most = min((most for most in stack.sizes if most >= sequences), default=0)
+        constants = stack.sizes[most] if most else {}
+        for change in [None, *(changes(options, constants) if most else [])]:
+            model.stacks = stacks if change is not None else []
+            if change is not None:
+                stack.sizes[most] = constants | change
+            times = milliseconds(model, cache, sequences)
+            yield {
+                "model": name, "degree": int(os.environ.get("WORLD_SIZE", "1")), "sequences": sequences,
+                "way": "layer by layer" if change is None else "one kernel", **(change or {}),
+                "ms": round(times[len(times) // 2], 4), "least": round(times[0], 4),
+                "floor": round(1e3 * (weights + sequences * states) / COPY, 4),
+                **({"constants": constants} if change == {} else {}),
+            }  # fmt: skip
+        if most:
+            stack.sizes[most] = constants
+    model.stacks = stacks
 
 
 def main() -> None:
@@ -107,8 +121,9 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["mamba-2.8b", "falcon-mamba-7b"])
-    parser.add_argument("--ahead", type=int, nargs="*", default=[2, 3, 4, 6])
-    parser.add_argument("--before-x", type=int, nargs="*", default=[1, 2, 3])
+    parser.add_argument("--sequences", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--ahead", type=int, nargs="*", default=[])
+    parser.add_argument("--before-x", type=int, nargs="*", default=[])
     parser.add_argument("--chunks", type=int, nargs="*", default=[])
     options = parser.parse_args()
     found: list[dict[str, Any]] = []

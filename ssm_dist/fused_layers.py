@@ -1,4 +1,4 @@
-"""Decides whether decode steps of one sequence run many layers in one kernel, and prepares that."""
+"""Decides whether decode steps of a few sequences run many layers in one kernel, and prepares that."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from ssm_dist.config import KernelsConfig
-from ssm_dist.kernels.decode_layers import Exchange, LayerStack, LayerWeights, RankWords, reason_against
+from ssm_dist.kernels.decode_layers import (
+    Exchange,
+    LayerStack,
+    LayerWeights,
+    RankWords,
+    reason_against,
+    sizes_of,
+)
+from ssm_dist.kernels.decode_sizes import Sizes, words_of_ranks
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.layers import AddRMSNorm
 from ssm_dist.models.mixer import MambaMixer
@@ -31,15 +39,23 @@ def fuse_layers(
     """
     if device.type != "cuda":
         return
-    weights, ranks = [_weights(layer) for layer in model.layers], None
+    weights, ranks, sizes = [_weights(layer) for layer in model.layers], None, {}
     why = objection(model, weights, section, kernels, device)
-    if tp is not None:
-        ranks, why = _words(model, tp, why, device)
     if not why:
-        model.stacks = _stacks(model, cast(list[LayerWeights], weights), tp, ranks)
-    count = len(model.stacks)
-    kernels_of = f"{len(weights)} layers in {count} kernel{'s' if count > 1 else ''}"
-    logger.info("decode: steps of one sequence run %s", f"layer by layer, {why}" if why else kernels_of)
+        sizes = _sizes(model, cast(list[LayerWeights], weights), tp)
+    if tp is not None:
+        ranks, why = _words(model, tp, why, sizes, device)
+    if why:
+        logger.info("decode: steps run layer by layer, %s", why)
+        return
+    model.stacks = _stacks(model, cast(list[LayerWeights], weights), tp, Exchange(sizes, device, ranks))
+    most, count = max(sizes), len(model.stacks)
+    logger.info(
+        "decode: steps of %s run %d layers in %s, those of more layer by layer",
+        f"up to {most} sequences" if most > 1 else "one sequence",
+        len(weights),
+        f"{count} kernels" if count > 1 else "1 kernel",
+    )
 
 
 def _mixer(layer: nn.Module) -> MambaMixer:
@@ -71,12 +87,15 @@ def objection(
     return ""
 
 
+def _sizes(model: LanguageModel, weights: list[LayerWeights], tp: TensorParallel | None) -> Sizes:
+    whole = len(model.runs()) == 1 and _mixer(model.layers[0]).x_proj.heads == 1
+    return sizes_of(weights[0], 1 if tp is None else tp.degree, few=whole)
+
+
 def _stacks(
-    model: LanguageModel, weights: list[LayerWeights], tp: TensorParallel | None, ranks: RankWords | None
+    model: LanguageModel, weights: list[LayerWeights], tp: TensorParallel | None, exchange: Exchange
 ) -> list[LayerStack]:
     mixer, norm, runs = _mixer(model.layers[0]), model.final_norm, model.runs()
-    d_model, channels = weights[0].out_proj.shape
-    exchange = Exchange(d_model, channels, norm.weight.device, ranks)
     return [
         LayerStack(
             weights[run.start : run.stop], exchange, norm.eps, rms_eps=mixer.mixer_rms_eps,
@@ -93,7 +112,7 @@ def _sharers(mixer: MambaMixer, tp: TensorParallel | None) -> int:
 
 
 def _words(
-    model: LanguageModel, tp: TensorParallel, why: str, device: torch.device
+    model: LanguageModel, tp: TensorParallel, why: str, sizes: Sizes, device: torch.device
 ) -> tuple[RankWords | None, str]:
     """The memory of the ranks' vectors, and why there is none, or nothing. `why`: what is so far known."""
     from ssm_dist.parallel.collectives.words import agree, open_words, sums_at_once  # a CPU needs no Triton
@@ -108,5 +127,5 @@ def _words(
         exact = exact and sums_at_once(tp.group, sums, wires.x_proj, with_norm=False)
     if not exact:
         return None, "since its sums over ranks go another way than one-shot"
-    ranks, reason = open_words(tp.group, len(like), device)
+    ranks, reason = open_words(tp.group, words_of_ranks(sizes), device)
     return ranks, "" if reason is None else f"since {reason}"

@@ -1,13 +1,13 @@
-"""Layers of a Mamba or hybrid model as one operator, for decode steps of one sequence on a Hopper GPU.
+"""Layers of a Mamba or hybrid model as one operator, for decode steps of a few sequences on a Hopper GPU.
 
-`gluon_layers` has the kernel. Here: which models it serves, the table of their parameters, and the memory in
-which its programs hand vectors to each other.
+`gluon_layers` has the kernel for one sequence, `gluon_layers_few` that for up to eight, `decode_sizes` their
+constants. Here: which models they serve, the table of their parameters, and the memory in which their
+programs hand vectors to each other.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -17,24 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_dist.kernels.gluon_layers_form import (
-    CHANNELS,
-    FIELDS,
-    PRODUCT_BYTES,
-    ROUND,
-    SCRATCH_BYTES,
-    VECTOR,
-    WARPS,
-    X_WORDS,
-    piece_bytes,
+from ssm_dist.kernels.decode_sizes import (
+    FEW,
+    Sizes,
+    few_sizes,
+    kernel_sizes,
+    programs_of,
+    words_of_ranks,
+    words_within,
 )
+from ssm_dist.kernels.gluon_layers_form import CHANNELS, FIELDS, X_WORDS
 from ssm_dist.kernels.operators import operator
-
-ARENA_BYTES = 222 * 1024
-"""Shared memory of a program, but for what the compiler needs."""
-
-IN_FLIGHT = {False: 60_000, True: 50_000}
-"""Bytes that a multiprocessor asks for ahead, alone and with other ranks (H200)."""
 
 SMALLEST = 512
 """d_model of the models that it serves."""
@@ -90,7 +83,7 @@ class RankWords:
 
 def reason_against(layer: LayerWeights, heads: int, device: torch.device) -> str | None:
     """Why the kernel cannot serve a model of such layers, with so many heads on a rank; None where it can."""
-    if device.type != "cuda" or _kernel_module(device) is None:
+    if device.type != "cuda" or _kernels("gluon_layers", device) is None:
         return "that kernel is for Hopper GPUs and Triton 3.6 to 3.9"
     (d_model, channels), (rank, states) = layer.out_proj.shape, (layer.dt_proj.shape[1], layer.A_log.shape[1])
     wide = {"dt_bias", "A_log", "skip"}
@@ -116,54 +109,48 @@ def reason_against(layer: LayerWeights, heads: int, device: torch.device) -> str
     return None
 
 
-def programs_of(d_model: int, multiprocessors: int) -> int:
-    """At most one a multiprocessor; each has outputs of out_proj."""
-    return math.ceil(d_model / math.ceil(d_model / multiprocessors))
+def sizes_of(layer: LayerWeights, ranks: int, *, few: bool) -> Sizes:
+    """The kernels for such layers, whose `reason_against` is None; few: also those for a few sequences.
 
-
-def words_of_ranks(ranks: int, d_model: int) -> int:
-    """Words, of 4 bytes, that a rank's memory has for what all ranks send it."""
-    return 2 * ranks * (X_WORDS + _up(d_model, VECTOR))
-
-
-def kernel_sizes(
-    d_model: int, channels: int, dt_rank: int, states: int, programs: int, ranks: int
-) -> dict[str, int]:
-    """The kernel's constants that follow from sizes, for so many channels on a rank.
-
-    CHUNKS: of 256 numbers in a part of a row that is fetched at once, so that what the last part lacks is
-    within the zeros of a round of threads; SLOTS: pieces of the ring; BEFORE_X: turns of z before x_proj,
-    while its input is on its way; AHEAD: pieces in flight.
+    These take layers that are a whole model, with x_proj's outputs for all channels, where they fit.
     """
-    widths = d_model, channels
-    fitting = [c for c in range(3, 9) if all(_up(w, 256 * c) <= _up(w, ROUND) for w in widths)]
-    chunks = min(fitting, key=lambda c: (sum(_up(w, 256 * c) for w in widths), -c))
-    piece = piece_bytes(chunks)
-    others = 2 * max(_up(w, VECTOR) for w in widths) + SCRATCH_BYTES + PRODUCT_BYTES
-    turns = math.ceil(math.ceil(channels / programs) / WARPS)
-    return {
-        "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states,
-        "RANKS": ranks, "CHUNKS": chunks, "SLOTS": (ARENA_BYTES - others) // piece,
-        "BEFORE_X": min(2, turns - 1), "AHEAD": max(2, round(IN_FLIGHT[ranks > 1] / piece)),
-    }  # fmt: skip
+    d_model, channels = layer.out_proj.shape
+    programs = programs_of(d_model, _multiprocessors(layer.norm.device))
+    given = d_model, channels, layer.dt_proj.shape[1], layer.A_log.shape[1], programs, ranks
+    found = {most: few_sizes(*given, most) for most in FEW} if few else {}
+    return {1: kernel_sizes(*given), **{most: constants for most, constants in found.items() if constants}}
+
+
+@dataclass(frozen=True, eq=False)
+class _Place:
+    """Where the programs of one kernel hand each other vectors; its tags are its own."""
+
+    words: Tensor
+    """Within this GPU."""
+    counters: Tensor
+    """(programs,) vectors so far and one: the tag 0 would be that of words without any."""
+    begin: int
+    """Bytes from the beginning of each rank's memory."""
 
 
 class Exchange:
     """What the programs of a rank hand each other vectors in: for all stacks of a model, one at a time."""
 
-    def __init__(
-        self, d_model: int, channels: int, device: torch.device, ranks: RankWords | None = None
-    ) -> None:
-        """channels: of a layer on this rank; ranks: None for one alone."""
-        self.programs = programs_of(d_model, _multiprocessors(device))
-        self.ranks = _alone(words_of_ranks(1, d_model), device) if ranks is None else ranks
-        self.words = torch.zeros(4 * _up(channels, VECTOR), dtype=torch.int32, device=device)
-        self.counters = torch.ones(self.programs, dtype=torch.int32, device=device)
-        """Layers so far and one: the tag 0 would be that of words without any."""
+    def __init__(self, sizes: Sizes, device: torch.device, ranks: RankWords | None = None) -> None:
+        """sizes: what `sizes_of` gave; ranks: with `words_of_ranks` words each, None for one rank alone."""
+        self.sizes = sizes
+        self.ranks = _alone(words_of_ranks(sizes), device) if ranks is None else ranks
+        self.places: dict[int, _Place] = {}
+        begin = 0
+        for most, constants in sizes.items():
+            words = torch.zeros(words_within(constants), dtype=torch.int32, device=device)
+            counters = torch.ones(constants["P"], dtype=torch.int32, device=device)
+            self.places[most] = _Place(words, counters, 4 * begin)
+            begin += words_of_ranks({most: constants})
 
 
 class LayerStack:
-    """Layers that follow each other on one rank, and all that their kernel needs besides states."""
+    """Layers that follow each other on one rank, and all that their kernels need besides states."""
 
     def __init__(
         self, layers: Sequence[LayerWeights], exchange: Exchange, eps: float, *,
@@ -178,18 +165,15 @@ class LayerStack:
         first, device = layers[0], layers[0].norm.device
         self.name = f"layers {next(_numbers)}"
         self.layers, self._exchange, self._last_norm = list(layers), exchange, last_norm
-        self._eps, self._rms_eps, self._heads = eps, rms_eps, heads
-        ranks = exchange.ranks
-        self._sharers = ranks.addresses[ranks.rank // sharers * sharers :][:sharers]
+        self.sizes = exchange.sizes
+        self.sequences = max(self.sizes)
+        """That a step may have."""
+        self._eps, self._rms_eps, self._heads, self._sharers = eps, rms_eps, heads, sharers
         self._anchor = first.in_proj.view(torch.int32)
         places = [[self._distance(t) for t in layer.all()] for layer in layers]
         places.append([0 if last_norm is None else self._distance(last_norm)])
         rows = [row + [0] * (FIELDS - len(row)) for row in places]
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)
-        (d_model, channels), dt_rank = first.out_proj.shape, first.dt_proj.shape[1]
-        self.constants = kernel_sizes(
-            d_model, channels, dt_rank, first.A_log.shape[1], exchange.programs, len(ranks.addresses)
-        )  # fmt: skip
         _stacks[self.name] = self
 
     def step(
@@ -197,10 +181,10 @@ class LayerStack:
     ) -> Tensor:
         """Advance the states by a token; returns the last norm of the residual stream, or the stream itself.
 
-        hidden, (1, H) bfloat16: the residual stream; or with a residual, (1, H) float32, the normed input of
-        the first layer. slots: (1,) int32; conv: (layers, slots, 3, D) bfloat16; ssm: (layers, slots, D, N)
-        float32 or bfloat16. Both are updated in place. All ranks call it alike. Returns (1, H), bfloat16 if
-        normed, else float32.
+        hidden, (n, H) bfloat16 with n up to `sequences`: the residual stream; or with a residual, (1, H)
+        float32, the normed input of the first layer. slots: (n,) int32; conv: (layers, slots, 3, D) bfloat16;
+        ssm: (layers, slots, D, N) float32 or bfloat16. Both are updated in place. All ranks call it alike.
+        Returns (n, H), bfloat16 if normed, else float32.
         """
         result: Tensor = decode_layers(hidden, residual, slots, conv, ssm, self.name)
         return result
@@ -213,41 +197,53 @@ class LayerStack:
         self, hidden: Tensor, residual: Tensor | None, slots: Tensor, conv: Tensor, ssm: Tensor
     ) -> Tensor:
         """`step`, not as an operator."""
-        gluon_layers = _kernel_module(hidden.device)
-        assert gluon_layers is not None and hidden.shape[0] == 1 and hidden.is_contiguous()
-        assert residual is None or (residual.dtype == torch.float32 and residual.is_contiguous())
+        count = hidden.shape[0]
+        assert hidden.is_contiguous() and conv.is_contiguous() and ssm.is_contiguous()
         assert conv.dtype == torch.bfloat16 and len(conv) == len(ssm) == len(self.layers)
-        assert conv.is_contiguous() and ssm.is_contiguous()
-        y, exchange, ranks = self.result_like(hidden), self._exchange, self._exchange.ranks
+        most = min(most for most in self.sizes if most >= count)
+        y, place, ranks = self.result_like(hidden), self._exchange.places[most], self._exchange.ranks
+        addresses = tuple(address + place.begin for address in ranks.addresses)
+        given = {
+            "anchor": self._anchor, "table": self._table, "hidden": hidden, "slots": slots, "y": y,
+            "conv": conv, "ssm": ssm, "counters": place.counters, "words": place.words.data_ptr(),
+            "shared": addresses[ranks.rank], "peers": addresses, "rank": ranks.rank,
+            "error": ranks.error.data_ptr(), "limit": ranks.limit, "layers": len(self.layers),
+            "eps": self._eps, "rms_eps": self._rms_eps or 0.0,
+            **dict(zip(("conv_layer", "conv_slot", "conv_row"), conv.stride(), strict=False)),
+            **dict(zip(("ssm_layer", "ssm_slot"), ssm.stride(), strict=False)),
+            "RMS": self._rms_eps is not None, **self.sizes[most],
+            "num_warps": 8, "enable_fp_fusion": True, "launch_cooperative_grid": True,
+        }  # fmt: skip
+        grid = (len(place.counters),)
         with torch.cuda.device_of(hidden):
-            gluon_layers.layers_kernel[(exchange.programs,)](
-                self._anchor, self._table, hidden, residual, slots, exchange.counters, y, conv, ssm,
-                exchange.words.data_ptr(), ranks.addresses[ranks.rank], ranks.addresses, ranks.rank,
-                self._sharers, ranks.rank % len(self._sharers), ranks.error.data_ptr(), ranks.limit,
-                len(self.layers), self._eps, self._rms_eps or 0.0,
-                *conv.stride()[:3], *ssm.stride()[:2],
-                HEADS=self._heads, SHARERS=len(self._sharers), RMS=self._rms_eps is not None,
-                NORMED=self._last_norm is not None, **self.constants,
-                num_warps=8, enable_fp_fusion=True, launch_cooperative_grid=True,
-            )  # fmt: skip
+            if most > 1:
+                assert residual is None and self._last_norm is not None
+                kernels = _kernels("gluon_layers_few", hidden.device)
+                assert kernels is not None
+                kernels.few_layers_kernel[grid](count=count, **given)
+            else:
+                assert residual is None or (residual.dtype == torch.float32 and residual.is_contiguous())
+                kernels = _kernels("gluon_layers", hidden.device)
+                assert kernels is not None
+                first = ranks.rank // self._sharers * self._sharers
+                kernels.layers_kernel[grid](
+                    residual=residual, sharers=addresses[first:][: self._sharers], x_rank=ranks.rank - first,
+                    HEADS=self._heads, SHARERS=self._sharers, NORMED=self._last_norm is not None, **given,
+                )  # fmt: skip
         return y
 
     def _distance(self, parameter: Tensor) -> int:
         return (parameter.data_ptr() - self._anchor.data_ptr()) // 4
 
 
-def _kernel_module(device: torch.device) -> ModuleType | None:
+def _kernels(name: str, device: torch.device) -> ModuleType | None:
     from ssm_dist.kernels.gluon_support import gluon_module  # a CPU needs no Triton
 
-    return gluon_module("gluon_layers", device)
+    return gluon_module(name, device)
 
 
 def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-def _up(width: int, multiple: int) -> int:
-    return -(-width // multiple) * multiple
 
 
 def _alone(words: int, device: torch.device) -> RankWords:

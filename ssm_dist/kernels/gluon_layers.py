@@ -15,15 +15,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels import gluon_layers_form as form
+from ssm_dist.kernels.gluon_layers_fetch import fetch_all
 from ssm_dist.kernels.gluon_layers_steps import (
     A_LOG,
+    CHANNEL,
+    CHANNELS,
     DT,
     DT_BIAS,
-    FIELDS,
+    FAILED,
     FLOAT,
-    IN,
     NORM,
-    OUT,
+    PAIR,
     ROUND,
     SKIP,
     X,
@@ -45,7 +47,6 @@ from ssm_dist.kernels.gluon_ring import (
     WARPS,
     address_of,
     clear,
-    fetch,
     inputs,
     load1,
     load2,
@@ -53,65 +54,14 @@ from ssm_dist.kernels.gluon_ring import (
     open_barriers,
     row_bytes,
     total,
-    wait_for,
 )
 from ssm_dist.kernels.gluon_warp import LOG2_E, WORD, barrier, silu, softplus
 from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, poll, publish, rounded
 
-CHANNELS = gl.constexpr(form.CHANNELS)
 VECTOR = gl.constexpr(form.VECTOR)
 X_BYTES = gl.constexpr(4 * form.X_WORDS)
 SCRATCH = gl.constexpr(form.SCRATCH_BYTES)
 PRODUCTS = gl.constexpr(form.PRODUCT_BYTES)
-PAIR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
-"""(CHANNELS, n): four lanes a channel."""
-CHANNEL = gl.constexpr(gl.SliceLayout(1, PAIR))
-FAILED = gl.constexpr(4 * 64)
-"""The code of a wait for rank 0 that failed (`failures.ALGORITHMS`); the next are the other ranks'."""
-
-
-@gluon.jit
-def _fetch_all(
-    ring, anchor, table, layers,
-    P: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
-    CHUNKS: gl.constexpr, SLOTS: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """One warp: the pieces of in_proj's x rows, its z rows and out_proj's rows, layer by layer."""
-    PARTS_IN: gl.constexpr = (H + 256 * CHUNKS - 1) // (256 * CHUNKS)
-    PARTS_OUT: gl.constexpr = (D + 256 * CHUNKS - 1) // (256 * CHUNKS)
-    OWN_IN: gl.constexpr = (D + P - 1) // P
-    OWN_OUT: gl.constexpr = (H + P - 1) // P
-    HALF: gl.constexpr = (OWN_IN + WARPS - 1) // WARPS * PARTS_IN
-    ALL: gl.constexpr = 2 * HALF + (OWN_OUT + WARPS - 1) // WARPS * PARTS_OUT
-    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
-    base = anchor.to(gl.int64)
-    program = gl.program_id(0)
-    slot, phase, number = 0, 0, 0
-    arrived, arrived_phase = 0, 0
-    for layer in range(layers):
-        inward = base + gl.load(table + (layer * FIELDS + IN)) * 4
-        outward = base + gl.load(table + (layer * FIELDS + OUT)) * 4
-        for piece in range(ALL):
-            out = piece >= 2 * HALF
-            gate = (piece >= HALF) & (piece < 2 * HALF)
-            here = gl.where(out, piece - 2 * HALF, piece % HALF)
-            parts, own = gl.where(out, PARTS_OUT, PARTS_IN), gl.where(out, OWN_OUT, OWN_IN)
-            local = here // parts * WARPS + lane
-            row = program * own + local
-            exists = (local < own) & (row < gl.where(out, H, D))
-            row = (row + gl.where(gate, D, 0)).to(gl.int64)
-            width, begin = gl.where(out, 2 * D, 2 * H), here % parts * (CHUNKS * 512)
-            source = gl.where(out, outward, inward) + row * width + begin
-            size = gl.where(exists, gl.minimum(width - begin, CHUNKS * 512), 0)
-            if number >= AHEAD:
-                wait_for(ring[1] + arrived * 8, arrived_phase, lane)
-                arrived_phase = gl.where(arrived == SLOTS - 1, arrived_phase ^ 1, arrived_phase)
-                arrived = gl.where(arrived == SLOTS - 1, 0, arrived + 1)
-            wait_for(ring[2] + slot * 8, phase ^ 1, lane)
-            fetch(ring, slot, source, size, CHUNKS)
-            number += 1
-            phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
-            slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
 
 
 @gluon.jit
@@ -301,7 +251,7 @@ def layers_kernel(
                 conv_slot, conv_row, ssm_layer, ssm_slot, P, H, D, R, N, HEADS, RMS, RANKS, SHARERS, CHUNKS,
                 SLOTS, BEFORE_X, NORMED,
             )),
-            (_fetch_all, (ring, anchor, table, layers, P, H, D, CHUNKS, SLOTS, AHEAD)),
+            (fetch_all, (ring, anchor, table, layers, P, H, D, CHUNKS, SLOTS, AHEAD)),
         ],
         [1], [48],
     )  # fmt: skip

@@ -15,6 +15,9 @@ VECTOR = 2048
 X_WORDS = 1024
 """Words of a rank's memory for x_proj's outputs from each rank."""
 
+INPUT_STRIDE = 2 * CHANNELS + 16
+"""Bytes from sequence to sequence of x_proj's inputs, in other banks."""
+
 ROUND = 1024
 """Numbers that the threads hold at a time, four each; what a vector lacks of the last round is zero."""
 
@@ -28,6 +31,34 @@ PRODUCT_BYTES = 2 * WARPS * CHANNELS * 4
 def piece_bytes(chunks: int) -> int:
     """Of shared memory, with the barriers of its arrival and release."""
     return WARPS * row_bytes(chunks) + 16
+
+
+def few_columns(rows: int) -> int:
+    """Of the products of a few sequences, for so many rows of out_proj: places for whole turns."""
+    return max(CHANNELS, -(-rows // WARPS) * WARPS)
+
+
+def few_places(
+    programs: int, d_model: int, chunks: int, outputs: int, columns: int, sequences: int
+) -> tuple[int, ...]:
+    """Where in shared memory, after the ring, is what `gluon_layers_few` calls `memory`; at last, the end.
+
+    outputs: of x_proj; columns: what `few_columns` gives. Sums, totals and steps lie where the stream is
+    before, and not where the mixer's output is after.
+    """
+    tile = CHANNELS * sequences * 4
+    sizes = (
+        -(-outputs // programs) * programs * sequences * 4 + 2048,  # sums of x_proj's outputs
+        -(-sequences * outputs // ROUND) * 2 * ROUND, tile,  # these outputs, steps
+        WARPS * sequences * columns * 4, tile, INPUT_STRIDE * sequences, tile, 256,  # products to scales
+    )  # fmt: skip
+    mixed = 64 * sequences + 2 * sequences * 256 * chunks + 2048
+    stream = 64 * (sequences + 1) + 2 * sequences * (d_model + 2 * programs)
+    kept = max(stream, mixed + sum(sizes[:3]))
+    starts = [mixed, mixed + sizes[0], mixed + sizes[0] + sizes[1], kept]
+    for size in sizes[3:]:
+        starts.append(starts[-1] + size)
+    return (0, *starts)
 
 
 def row_bytes(chunks: int) -> int:

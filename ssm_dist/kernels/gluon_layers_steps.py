@@ -12,6 +12,12 @@ NORM, IN, TAPS, CONV_BIAS, X, DT, DT_BIAS, A_LOG, SKIP, OUT = map(gl.constexpr, 
 """Columns of the table: the order of `decode_layers.LayerWeights`."""
 FIELDS = gl.constexpr(form.FIELDS)
 ROUND = gl.constexpr(form.ROUND)
+CHANNELS = gl.constexpr(form.CHANNELS)
+PAIR = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [8, 1], [1, 0]))
+"""(CHANNELS, n): four lanes a channel."""
+CHANNEL = gl.constexpr(gl.SliceLayout(1, PAIR))
+FAILED = gl.constexpr(4 * 64)
+"""The code of a wait for rank 0 that failed (`failures.ALGORITHMS`); the next are the other ranks'."""
 BF16 = gl.constexpr(gl.pointer_type(gl.bfloat16))
 FLOAT = gl.constexpr(gl.pointer_type(gl.float32))
 

@@ -149,6 +149,33 @@ def load1(at):
 
 
 @gluon.jit
+def load_word(at):
+    """A word from shared memory."""
+    return gl.inline_asm_elementwise(
+        "ld.shared.b32 $0, [$1];", "=r,r", [at], gl.int32, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def load_half(at):
+    """A bfloat16 number from shared memory, in float32."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .b16 half, none; .reg .b32 word; mov.b16 none, 0; ld.shared.b16 half, [$1]; "
+        "mov.b32 word, {none, half}; mov.b32 $0, word; }",
+        "=f,r", [at], gl.float32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_half(at, value):
+    """A float32 number, rounded to bfloat16, into shared memory."""
+    gl.inline_asm_elementwise(
+        "{ .reg .b16 half; cvt.rn.bf16.f32 half, $2; st.shared.b16 [$1], half; mov.b32 $0, 0; }",
+        "=r,r,f", [at, value], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
 def store1(at, value):
     """A float32 number into shared memory."""
     gl.inline_asm_elementwise(
@@ -162,6 +189,15 @@ def store2(at, first, second):
     gl.inline_asm_elementwise(
         "st.shared.v2.b32 [$1], {$2, $3}; mov.b32 $0, 0;", "=r,r,r,r", [at, first, second], gl.int32,
         is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def store_pair(at, first, second, wanted):
+    """Two float32 numbers into shared memory, at a multiple of 8, where wanted."""
+    gl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }",
+        "=r,r,f,f,r", [at, first, second, wanted.to(gl.int32)], gl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
 
@@ -231,23 +267,55 @@ def multiply(
         phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
         slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
     # rows 2 i and 2 i + 1 of lane i, and copies of them in the other lanes
-    gl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $4, 0; @p st.shared.v2.f32 [$1], {$2, $3}; mov.b32 $0, 0; }",
-        "=r,r,f,f,r",
-        [
-            to + (thread // 32 * 256 + thread % 4 * 8),
-            (a[0] + b[0]) + (c[0] + d[0]), (a[1] + b[1]) + (c[1] + d[1]),
-            (thread % 32 < 4).to(gl.int32),
-        ],
-        gl.int32, is_pure=False, pack=1,
+    store_pair(
+        to + (thread // 32 * 256 + thread % 4 * 8),
+        (a[0] + b[0]) + (c[0] + d[0]), (a[1] + b[1]) + (c[1] + d[1]), thread % 32 < 4,
     )  # fmt: skip
     return slot, phase
 
 
 @gluon.jit
-def total(at):
-    """The sum of what the warps have stored at an address, in order."""
+def total(at, APART: gl.constexpr = 256):
+    """The sum of what the warps have stored at an address, in order, each APART bytes on."""
     result = load1(at)
     for warp in gl.static_range(1, WARPS):
-        result += load1(at + warp * 256)
+        result += load1(at + warp * APART)
     return result
+
+
+@gluon.jit
+def inputs_of(at, WIDTH_BYTES: gl.constexpr, SEQ: gl.constexpr, PARTS: gl.constexpr, CHUNKS: gl.constexpr):
+    """`inputs` of SEQ sequences: a lane has those of sequence lane // 4, modulo SEQ."""
+    thread = gl.arange(0, THREADS, LINE)
+    return inputs(at + thread % 32 // 4 % SEQ * WIDTH_BYTES, PARTS, CHUNKS)
+
+
+@gluon.jit
+def multiply_few(
+    place, ring, x, to, COLUMNS: gl.constexpr,
+    PARTS: gl.constexpr, CHUNKS: gl.constexpr, SLOTS: gl.constexpr, SEQ: gl.constexpr,
+):  # fmt: skip
+    """`multiply` for SEQ sequences: x is what `inputs_of` gave; returns the place.
+
+    Each warp's share goes to `to`, the next sequence's COLUMNS numbers on, the next warp's behind them all.
+    """
+    thread = gl.arange(0, THREADS, LINE)
+    slot, phase = place
+    zero = gl.zeros([THREADS], gl.float32, LINE)
+    none = (zero, zero, zero, zero)
+    a, b = none, none
+    from_row = _own_share(ring[0], thread, CHUNKS) + thread % 32 // 4 * row_bytes(CHUNKS)
+    for part in gl.static_range(PARTS):
+        wait_for(ring[1] + slot * 8, phase, thread)
+        for k in gl.static_range(CHUNKS):
+            w = load4(from_row + (slot * (WARPS * row_bytes(CHUNKS)) + k * 64))
+            v = x[part * CHUNKS + k]
+            a = _times_x(v[0], v[1], w[0], w[1], a)
+            b = _times_x(v[2], v[3], w[2], w[3], b)
+        _release(ring[2] + slot * 8, thread)
+        phase = gl.where(slot == SLOTS - 1, phase ^ 1, phase)
+        slot = gl.where(slot == SLOTS - 1, 0, slot + 1)
+    sequence = thread % 32 // 4
+    at = to + ((thread // 32 * SEQ + sequence) * (COLUMNS * 4) + thread % 4 * 8)
+    store_pair(at, a[0] + b[0], a[1] + b[1], sequence < SEQ)
+    return slot, phase

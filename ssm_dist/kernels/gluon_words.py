@@ -97,6 +97,135 @@ def poll(
     )  # fmt: skip
 
 
+@gluon.constexpr_function
+def _polling_wide(rounds):
+    """Assembly for `poll_wide`: 16 bytes, two words, a thread and round."""
+    count = 2 * rounds
+    base, last, tag, error, limit, code = (f"${count + i}" for i in range(6))
+    lines = [
+        "{", ".reg .pred again; .reg .b32 polls, word, blame;",
+        f".reg .b32 t<{count}>; .reg .b64 begun, now, errors, most;",
+        f"mov.b64 errors, {error};", f"mov.b64 most, {limit};", f"mov.b32 blame, {code};",
+        "mov.b32 polls, 0;", "mov.b64 begun, 0;", "poll:",
+    ]  # fmt: skip
+    for k in range(rounds):
+        four = f"${2 * k}, t{2 * k}, ${2 * k + 1}, t{2 * k + 1}"
+        at = last if k == rounds - 1 else f"{base}+{16 * THREADS.value * k}"
+        lines.append(f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [{at}];")
+    lines += [f"xor.b32 word, t0, {tag};"]
+    lines += [f"lop3.b32 word, t{i}, {tag}, word, 0xBE;" for i in range(1, count)]
+    # of the tag all bits but one: ptxas crashes (-11) where the loop ends with equal words
+    lines += ["and.b32 word, word, 0x7fffffff;", "setp.eq.s32 again, word, 0;", "@again bra over;",
+              GIVE_UP.value, LEAVE_CODE.value, "over:", "}"]  # fmt: skip
+    return "\n".join(lines)
+
+
+@gluon.constexpr_function
+def _wide_constraints(results):
+    return ",".join(["=&r"] * results + ["l", "l", "r", "l", "l", "r"])
+
+
+@gluon.constexpr_function
+def _floats(count):
+    return tuple([gl.float32] * count)
+
+
+@gluon.jit
+def poll_wide(address, tag, waits, code, COUNT: gl.constexpr):
+    """COUNT float32 numbers, an even number, that came as words of 8 bytes, as int32: by round, two a thread.
+
+    Numbers 2 t and 2 t + 1 of each 2 x THREADS; past the end the last two.
+    """
+    ROUNDS: gl.constexpr = (COUNT + 2 * THREADS - 1) // (2 * THREADS)
+    thread = gl.arange(0, THREADS, LINE)
+    last = gl.minimum((ROUNDS - 1) * 2 * THREADS + 2 * thread, COUNT - 2).to(gl.int64)
+    return gl.inline_asm_elementwise(
+        _polling_wide(ROUNDS), _wide_constraints(2 * ROUNDS),
+        [address + thread.to(gl.int64) * 16, address + last * 8, tag, waits[0], waits[1], code],
+        _words(2 * ROUNDS), is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _publishing_wide(scope, count):
+    words = ", ".join(f"${2 + i}, ${2 + count}" for i in range(count))
+    return (
+        f"{{ .reg .pred wanted; setp.ne.s32 wanted, ${3 + count}, 0; "
+        f"@wanted st.relaxed.{scope}.global.v{2 * count}.b32 [$1], {{{words}}}; mov.b32 $0, 0; }}"
+    )
+
+
+@gluon.jit
+def publish_wide(address, value, tag, wanted, SCOPE: gl.constexpr):
+    """Store float32 numbers as words of 8 bytes where wanted."""
+    gl.inline_asm_elementwise(
+        _publishing_wide(SCOPE, 1), "=r,l,r,r,r",
+        [address, value.to(gl.int32, bitcast=True), tag, wanted.to(gl.int32)], gl.int32,
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def publish_wides(address, first, second, tag, wanted):
+    """`publish_wide` of two numbers next to each other, within this GPU."""
+    gl.inline_asm_elementwise(
+        _publishing_wide("gpu", 2), "=r,l,r,r,r,r",
+        [address, first.to(gl.int32, bitcast=True), second.to(gl.int32, bitcast=True), tag,
+         wanted.to(gl.int32)],
+        gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def _polling_sources(ranks, parts, scope):
+    """Assembly for `poll_sources`.
+
+    $0 on: the results; then the address of the first source's word, the distance of the sources', whether
+    this thread polls, the tag, the address of the error words, the limit and the code.
+    """
+    count = ranks * parts
+    base, distance, wanted, tag, error, limit, code = (f"${count + i}" for i in range(7))
+    lines = [
+        "{", ".reg .pred again; .reg .b32 polls, word, blame;",
+        f".reg .b32 v<{count}>, t<{count}>; .reg .b64 begun, now, errors, most, from<{count}>;",
+        f"mov.b64 errors, {error};", f"mov.b64 most, {limit};", f"mov.b32 blame, {code};",
+        "mov.b32 polls, 0;", "mov.b64 begun, 0;", *(f"mov.b32 v{i}, 0;" for i in range(count)),
+        f"setp.eq.s32 again, {wanted}, 0;", "@again bra over;",
+        f"mov.b64 from0, {base};",
+        *(f"add.s64 from{i}, from{i - 1}, {distance};" for i in range(1, count)),
+        "poll:", *(f"ld.relaxed.{scope}.global.v2.b32 {{v{i}, t{i}}}, [from{i}];" for i in range(count)),
+        f"xor.b32 word, t0, {tag};",
+        *(f"lop3.b32 word, t{i}, {tag}, word, 0xBE;" for i in range(1, count)),
+        "and.b32 word, word, 0x7fffffff;", "setp.eq.s32 again, word, 0;", "@again bra over;", GIVE_UP.value,
+    ]  # fmt: skip
+    for i in reversed(range(count)):
+        lines += [f"xor.b32 word, t{i}, {tag};", "and.b32 word, word, 0x7fffffff;",
+                  "setp.ne.s32 again, word, 0;", f"@again add.s32 blame, {code}, {i // parts};"]  # fmt: skip
+    lines += [LEAVE_CODE.value, "over:", *(f"mov.b32 ${i}, v{i};" for i in range(count))]
+    return "\n".join([*lines, "}"])
+
+
+@gluon.constexpr_function
+def _source_constraints(count):
+    return ",".join(["=&f"] * count + ["l", "l", "r", "r", "l", "l", "r"])
+
+
+@gluon.jit
+def poll_sources(
+    address, distance, wanted, tag, waits, code, RANKS: gl.constexpr, PARTS: gl.constexpr, SCOPE: gl.constexpr
+):
+    """A float32 number, one a thread where wanted, from each of PARTS sources on RANKS ranks.
+
+    They come as wide words, each source's `distance` bytes after the one before.
+    """
+    distance = gl.to_tensor(distance).to(gl.int64)
+    return gl.inline_asm_elementwise(
+        _polling_sources(RANKS, PARTS, SCOPE), _source_constraints(RANKS * PARTS),
+        [address, distance, wanted.to(gl.int32), tag, waits[0], waits[1], code], _floats(RANKS * PARTS),
+        is_pure=False, pack=1,
+    )  # fmt: skip
+
+
 @gluon.jit
 def publish(address, value, tag, wanted, SCOPE: gl.constexpr):
     """Store numbers, rounded, as words at their addresses (int64) where wanted.

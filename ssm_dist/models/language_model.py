@@ -55,11 +55,13 @@ class LanguageModel(nn.Module, ABC):
         if config.tied_head:
             self.head.weight = self.embedding.weight
         self.stacks: list[LayerStack] = []
-        """One for each of `runs`, where decode steps of one sequence go by them; else empty."""
+        """One for each of `runs`, where decode steps of a few sequences go by them; else empty."""
 
     def goes_by_stacks(self, batch: RaggedBatch, state: ModelState) -> bool:
         """Whether a batch is for `stacks`."""
-        return len(self.stacks) > 0 and state.stacked is not None and batch.decode and len(batch.tokens) == 1
+        if len(self.stacks) == 0 or state.stacked is None or not batch.decode:
+            return False
+        return len(batch.tokens) <= self.stacks[0].sequences
 
     @abstractmethod
     def runs(self) -> list[range]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention_heads": 4, "attention_head_dim": 64, "d_mlp": 256,
     },
 }  # fmt: skip
-SLOTS = 4
+SLOTS = 10
 PAGES = 1000 // PAGE_TOKENS + 1
 """Of a slot: for as many steps as there are at most."""
 EXACT = Wire("none", 128, "auto")
@@ -66,11 +67,14 @@ class Found:
     idle: bool
     """Whether the slot that no step has used is still what it was."""
     outputs: Tensor
-    """(steps, d_model) of the fused steps, on the CPU."""
+    """(rows, d_model) of the fused steps, on the CPU."""
 
 
-def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Found:
-    """Fused steps, steps by layers and the definition, side by side over one sequence of tokens."""
+def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32, most: int = 1) -> Found:
+    """Fused steps, steps by layers and the definition, side by side over the same tokens.
+
+    Steps have 1 to `most` sequences, by turns.
+    """
     device = torch.device("cuda", torch.cuda.current_device())
     tp = _ranks(60.0)
     with backend.using("triton", device):
@@ -83,11 +87,13 @@ def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Fo
         errors: list[list[Tensor]] = [[], []]
         outputs = []
         draw, places = torch.Generator().manual_seed(1), [0] * SLOTS
-        for _ in range(steps):
-            token, slot = torch.randint(0, 60, (2,), generator=draw).tolist()
-            slot %= SLOTS - 1
-            batch = _batch(token, slot, device, places[slot])
-            places[slot] += 1
+        assert stacks[0].sequences >= most
+        for i in range(steps):
+            slots = torch.randperm(SLOTS - 1, generator=draw)[: 1 + i % most].tolist()
+            tokens = torch.randint(0, 60, (len(slots),), generator=draw).tolist()
+            batch = _batch(tokens, slots, device, [places[slot] for slot in slots])
+            for slot in slots:
+                places[slot] += 1
             with backend.using("reference", device):
                 expected = truth(batch, exact)
             for way, state in enumerate(states):
@@ -95,12 +101,12 @@ def found(name: str, steps: int, state_dtype: torch.dtype = torch.float32) -> Fo
                 y = model(batch, state)
                 errors[way].append((y - expected).norm() / expected.norm())
                 if way == 0:
-                    outputs.append(y[0].clone())
+                    outputs.append(y.clone())
     mine = slice(0, None) if tp is None else _part(tp, exact.mixers[0].ssm.shape[1])
     apart = [_states_apart(state, exact, mine) for state in states]
     idle = all(bool((m.ssm[-1] == 1).all() and (m.conv[-1] == 1).all()) for m in states[0].mixers)
     fused, by_layers = (torch.stack(each).tolist() for each in errors)
-    return Found(fused, by_layers, (apart[0], apart[1]), idle, torch.stack(outputs).cpu())
+    return Found(fused, by_layers, (apart[0], apart[1]), idle, torch.cat(outputs).cpu())
 
 
 def replays(name: str, steps: int) -> bool:
@@ -110,8 +116,8 @@ def replays(name: str, steps: int) -> bool:
         model = _model(name, None, device)
         fuse_layers(model, None, KernelsConfig(), "triton", device)
         states = [_states(model, device, torch.float32) for _ in range(2)]
-        token, slot = _batch(0, 0, device).tokens, torch.zeros(1, dtype=torch.int32, device=device)
-        batch = replace(_batch(0, 0, device), tokens=token, slots=slot)
+        batch = _batch([0], [0], device)
+        token, slot = batch.tokens, batch.slots
         model(batch, states[0])
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -134,11 +140,11 @@ def _zeroed(state: ModelState) -> ModelState:
     return state
 
 
-def answers(fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:
+def answers(folder: Path, fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:
     """Tokens and log-probabilities of requests alone, and of two of which one ends early."""
-    llm = LLM.from_config(_config(fused, mode))
+    llm = LLM.from_config(_config(folder, fused, mode))
     alone, brief = (SamplingParams(max_new_tokens=n, ignore_eos=True, logprobs=0) for n in (60, 20))
-    prompts: list[Any] = [[(17 * i + 5 * j) % 5000 for j in range(10)] for i in range(4)]
+    prompts: list[Any] = [[(17 * i + 5 * j) % 60 for j in range(10)] for i in range(4)]
     done = [completion for prompt in prompts for completion in llm.generate([prompt], alone)]
     done += llm.generate(prompts[:2], [alone, brief])
     return [c.token_ids for c in done], [c.logprobs for c in done]
@@ -153,14 +159,14 @@ def without_a_rank() -> tuple[str, float]:
         model = _model("mamba", tp, device)
         fuse_layers(model, tp, KernelsConfig(), "triton", device)
         state = _states(model, device, torch.float32)
-        model(_batch(1, 0, device), state)
+        model(_batch([1], [0], device), state)
         torch.cuda.synchronize()
         torch.distributed.barrier()
         if tp.rank == tp.degree - 1:
             time.sleep(10.0)
             return "", 0.0
         begun = time.monotonic()
-        batch, hidden = _batch(2, 0, device), torch.ones(1, 1024, dtype=torch.bfloat16, device=device)
+        batch, hidden = _batch([2], [0], device), torch.ones(1, 1024, dtype=torch.bfloat16, device=device)
         # not through the embedding, whose sum would wait first
         model.stacks[0].step(hidden, None, batch.slots, *state.part(model.runs()[0]))
         done = torch.cuda.Event()
@@ -172,12 +178,13 @@ def without_a_rank() -> tuple[str, float]:
     return "no error", 0.0
 
 
-def _config(fused: bool, mode: str) -> Any:
+def _config(folder: Path, fused: bool, mode: str) -> Any:
     from ssm_dist.config_reading import build_config
 
     degree = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     given = {
-        "model": {"preset": "mamba-130m"}, "parallel": {"tensor": degree}, "compile": {"mode": mode},
+        "model": {"checkpoint": str(folder), "dtype": "bfloat16"},
+        "parallel": {"tensor": degree}, "compile": {"mode": mode},
         "kernels": {"backend": "triton", "fuse_layers": "auto" if fused else "none"},
         "cache": {"max_sequences": 2},
     }  # fmt: skip
@@ -227,15 +234,18 @@ def _states(model: LanguageModel, device: torch.device, state_dtype: torch.dtype
     return ModelState.of(MixerState(conv, ssm), [KVPages(*site) for site in kv])
 
 
-def _batch(token: int, slot: int, device: torch.device, place: int = 0) -> RaggedBatch:
-    def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
+def _batch(
+    tokens: list[int], slots: list[int], device: torch.device, places: list[int] | None = None
+) -> RaggedBatch:
+    def ints(values: Any, dtype: torch.dtype = torch.int32) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
 
-    whole = torch.int64
-    pages = ints(*range(slot * PAGES, (slot + 1) * PAGES))[None]
+    whole, each = torch.int64, range(len(tokens))
+    pages = ints([list(range(slot * PAGES, (slot + 1) * PAGES)) for slot in slots])
     return RaggedBatch(
-        ints(token, dtype=whole), ints(0, 1), ints(slot), ints(place, dtype=whole), decode=True, pages=pages
-    )
+        ints(tokens, whole), ints(range(len(tokens) + 1)), ints(slots),
+        ints(places or [0 for _ in each], whole), decode=True, pages=pages,
+    )  # fmt: skip
 
 
 def _part(tp: TensorParallel, channels: int) -> slice:

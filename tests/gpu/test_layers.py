@@ -1,15 +1,18 @@
-"""All layers in one kernel, for decode steps of one sequence: against the definitions and layer by layer."""
+"""All layers in one kernel, for steps of a few sequences: against the definitions and layer by layer."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
+from transformers import MambaConfig, MambaForCausalLM
 
 from tests.gpu.layers_on_gpus import SIZES, Found, answers, found, replays, without_a_rank
 from tests.ranks import run_on_ranks
 
+FEW = [name for name in SIZES if name != "zamba"]
 GPUS = torch.cuda.device_count()
 pytestmark = [
     pytest.mark.gpu,
@@ -43,6 +46,23 @@ def test_one_gpu(name: str) -> None:
 
 def test_states_of_sixteen_bits() -> None:
     check(found("mamba", 100, torch.bfloat16))
+    check(found("mamba", 100, torch.bfloat16, 8))
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_one_to_eight_sequences_on_one_gpu(name: str) -> None:
+    check(found(name, 1000 if name == "mamba" else 100, most=8))
+
+
+@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize("degree", [2, 4])
+def test_one_to_eight_sequences_on_several_gpus(degree: int, name: str) -> None:
+    given = name, 100, torch.float32, 8
+    first, *others = run_on_ranks(at(degree), found, *given, device="cuda", timeout=200.0)
+    check(first)
+    for other in others:
+        check(other)
+        assert torch.equal(other.outputs, first.outputs)
 
 
 def test_replayed_steps_have_the_bits_of_steps_as_written() -> None:
@@ -61,14 +81,16 @@ def test_several_gpus_and_they_get_the_same_bits(degree: int, name: str) -> None
 
 
 @pytest.mark.parametrize("degree", [1, 2, 4])
-def test_answers_are_those_of_layer_by_layer_captured_or_compiled(degree: int) -> None:
+def test_answers_are_those_of_layer_by_layer_captured_or_compiled(degree: int, tmp_path: Path) -> None:
     """Log-probabilities agree within what bfloat16 costs, up to where greedy answers part, and there, too.
 
     With random weights many tokens are about as likely as the likeliest. So do the ways that the
     steps run by.
     """
+    theirs = MambaForCausalLM(MambaConfig(vocab_size=64, hidden_size=1024, num_hidden_layers=4))
+    theirs.to(torch.bfloat16).save_pretrained(tmp_path)
     runs = {
-        way: run_on_ranks(at(degree), answers, *way, device="cuda", timeout=200.0)
+        way: run_on_ranks(at(degree), answers, tmp_path, *way, device="cuda", timeout=200.0)
         for way in ((True, "capture"), (True, "compile"), (False, "capture"))
     }
     for ranks in runs.values():

@@ -24,9 +24,10 @@ from triton.compiler import ASTSource, CompiledKernel
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from ssm_dist.kernels import (
-    decode_layers,
+    decode_sizes,
     gluon_attention,
     gluon_layers,
+    gluon_layers_few,
     gluon_linear,
     gluon_scan,
     triton_activation,
@@ -88,14 +89,28 @@ def layers(
     given: bool = False, normed: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Of `gluon_layers`, on a GPU of 132 multiprocessors, with or without the stream given, or returned."""
-    programs, sharers = decode_layers.programs_of(d_model, 132), max(1, ranks // heads)
+    programs, sharers = decode_sizes.programs_of(d_model, 132), max(1, ranks // heads)
     return {
-        **decode_layers.kernel_sizes(d_model, channels, dt_rank, 16, programs, ranks), "RMS": rms,
+        **decode_sizes.kernel_sizes(d_model, channels, dt_rank, 16, programs, ranks), "RMS": rms,
         "HEADS": max(1, heads // ranks), "SHARERS": sharers, "sharers": ("i64",) * sharers,
         "residual": "*fp32" if given else None, "NORMED": normed, **({} if normed else {"y": "*fp32"}),
         "anchor": "*i32", "table": "*i64", "hidden": "*bf16", "conv": "*bf16", "ssm": "*fp32",
         **dict.fromkeys(("words", "shared", "error", "limit"), "i64"), "peers": ("i64",) * ranks,
         "eps": "fp32", "rms_eps": "fp32", "num_warps": 8,
+    }  # fmt: skip
+
+
+def few_layers(
+    d_model: int, channels: int, dt_rank: int, sequences: int, ranks: int = 1, rms: bool = False
+) -> dict[str, Any]:
+    """Of `gluon_layers_few`, on a GPU of 132 multiprocessors."""
+    programs = decode_sizes.programs_of(d_model, 132)
+    constants = decode_sizes.few_sizes(d_model, channels, dt_rank, 16, programs, ranks, sequences)
+    assert constants is not None
+    return {
+        **constants, "RMS": rms, "anchor": "*i32", "table": "*i64", "hidden": "*bf16", "conv": "*bf16",
+        "ssm": "*fp32", **dict.fromkeys(("words", "shared", "error", "limit"), "i64"),
+        "peers": ("i64",) * ranks, "eps": "fp32", "rms_eps": "fp32", "num_warps": 8,
     }  # fmt: skip
 
 
@@ -188,6 +203,16 @@ KERNELS: dict[str, Case] = {
             "zamba-7b at degree 2": layers(3712, 3712, 232, 2, heads=2, given=True, normed=False),
             "zamba-7b at degree 4, last": layers(3712, 1856, 232, 4, heads=2, given=True),
             "mamba-2.8b at degree 8": layers(2560, 640, 160, 8),
+        }.items()
+    },
+    **{
+        f"few layers, {name}": Case(gluon_layers_few.few_layers_kernel, given, "", (90,))
+        for name, given in {
+            "mamba-2.8b": few_layers(2560, 5120, 160, 8),
+            "four, mamba-2.8b": few_layers(2560, 5120, 160, 4),
+            "mamba-2.8b at degree 2": few_layers(2560, 2560, 160, 8, 2),
+            "falcon-mamba-7b": few_layers(4096, 8192, 256, 8, rms=True),
+            "falcon-mamba-7b at degree 4": few_layers(4096, 2048, 256, 8, 4, rms=True),
         }.items()
     },
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),

@@ -13,8 +13,16 @@ from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import KernelsConfig
 from ssm_dist.fused_layers import fuse_layers, objection
 from ssm_dist.kernels import decode_layers
-from ssm_dist.kernels.decode_layers import ARENA_BYTES, kernel_sizes, programs_of, reason_against
-from ssm_dist.kernels.gluon_layers_form import CHANNELS, piece_bytes
+from ssm_dist.kernels.decode_layers import reason_against
+from ssm_dist.kernels.decode_sizes import (
+    ARENA_BYTES,
+    FEW,
+    FEW_ARENA_BYTES,
+    few_sizes,
+    kernel_sizes,
+    programs_of,
+)
+from ssm_dist.kernels.gluon_layers_form import CHANNELS, few_columns, few_places, piece_bytes
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
@@ -52,6 +60,34 @@ def test_what_the_kernel_relies_on(name: str, degree: int) -> None:
     ring = found["SLOTS"] * piece_bytes(found["CHUNKS"])
     assert ring > 130_000, "too little to stream while the programs wait for each other"
     assert ring + 2 * max(sizes.d_model, channels) + 8192 <= ARENA_BYTES
+
+
+@pytest.mark.parametrize("sequences", FEW)
+@pytest.mark.parametrize(
+    ("name", "degree"),
+    [(n, d) for n in PRESETS if n != "zamba-7b" for d in (1, 2, 4, 8) if preset(n)[1].d_inner % d == 0],
+)
+def test_what_the_kernel_for_a_few_sequences_relies_on(name: str, degree: int, sequences: int) -> None:
+    sizes = preset(name)[1]
+    channels, programs = sizes.d_inner // degree, programs_of(sizes.d_model, 132)
+    found = few_sizes(sizes.d_model, channels, sizes.dt_rank, 16, programs, degree, sequences)
+    if found is None:
+        assert math.ceil(channels / programs) % 4 or degree > 2, "one and two ranks have it"
+        return
+    wide = 256 * found["CHUNKS"]
+    parts, rows = channels // wide, math.ceil(sizes.d_model / programs)
+    assert sizes.d_model % wide == channels % wide == programs % parts == 0, "pieces are whole"
+    assert rows <= 32, "a warp has a sequence's columns of the stream"
+    assert rows * programs >= sizes.d_model > rows * (programs - 1), "a program without outputs"
+    assert 0 <= found["BEFORE_X"] < math.ceil(math.ceil(channels / programs) / 8) or found["BEFORE_X"] == 0
+    assert 1 < found["AHEAD"] < found["SLOTS"]
+    columns = few_columns(rows * parts)
+    outputs = sizes.dt_rank + 32
+    places = few_places(programs, sizes.d_model, found["CHUNKS"], outputs, columns, sequences)
+    assert list(places[1:3]) == sorted(places[1:3])
+    assert all(place % 16 == 0 for place in places)
+    assert 2 * sequences * (sizes.d_model + 2 * programs) + 64 * (sequences + 1) <= places[4], "the stream"
+    assert found["SLOTS"] * piece_bytes(found["CHUNKS"]) + places[-1] <= FEW_ARENA_BYTES
 
 
 @pytest.mark.parametrize("biased", [False, True])
@@ -96,6 +132,7 @@ class _ByLayers:
 
     def __init__(self, model: LanguageModel, run: range) -> None:
         self.name, self.model, self.run, self.steps = f"{run}", model, run, 0
+        self.sequences = 2 if len(model.runs()) == 1 else 1
         self.last = run.stop == len(model.layers)
 
     def step(self, *given: Any) -> Tensor:
@@ -126,14 +163,14 @@ class _ByLayers:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["mamba", "zamba"])
-def test_steps_of_one_sequence_go_by_the_operator_and_others_do_not(name: str, compiled: bool) -> None:
+def test_steps_of_a_few_sequences_go_by_the_operator_and_others_do_not(name: str, compiled: bool) -> None:
     if compiled and name == "zamba":
         pytest.skip("the definition of attention reads sizes back")
     model = _model(name)
     stacks = [_ByLayers(model, run) for run in model.runs()]
     decode_layers._stacks.update({stack.name: stack for stack in stacks})  # type: ignore[misc]
     run = torch.compile(model, fullgraph=True, dynamic=True) if compiled else model
-    for slots in ([2], [0, 1], [2]):
+    for slots in ([2], [0, 1], [1, 0, 2], [2]):
         states = [_states(model), _states(model)]
         batch = _batch(7, torch.tensor(slots, dtype=torch.int32))
         model.stacks = []
@@ -141,9 +178,8 @@ def test_steps_of_one_sequence_go_by_the_operator_and_others_do_not(name: str, c
         model.stacks, before = stacks, [stack.steps for stack in stacks]  # type: ignore[assignment]
         with torch.inference_mode():
             torch.testing.assert_close(run(batch, states[1]), expected)
-        assert [stack.steps - n for stack, n in zip(stacks, before, strict=True)] == [
-            int(len(slots) == 1)
-        ] * len(stacks)
+        goes = len(slots) <= stacks[0].sequences
+        assert [stack.steps - n for stack, n in zip(stacks, before, strict=True)] == [goes] * len(stacks)
         for own, other in zip(states[1].mixers, states[0].mixers, strict=True):
             torch.testing.assert_close(own.conv, other.conv)
             torch.testing.assert_close(own.ssm, other.ssm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ssm_dist.kernels.decode_layers import RankWords, words_of_ranks
+from ssm_dist.kernels.decode_layers import RankWords
 from ssm_dist.parallel.collectives.groups import group_named
 from ssm_dist.parallel.collectives.selection import Wire, is_one_shot
 from ssm_dist.parallel.collectives.shared import everybodys, rendezvous
@@ -24,14 +24,14 @@ def agree(name: str, objection: str) -> str:
     return next((said for said in everybodys(group, objection) if said), "")
 
 
-def open_words(name: str, d_model: int, device: torch.device) -> tuple[RankWords | None, str | None]:
-    """Memory for vectors of `d_model` and smaller ones; or None, and why not, on all ranks alike.
+def open_words(name: str, words: int, device: torch.device) -> tuple[RankWords | None, str | None]:
+    """Memory of so many words on each rank; or None, and why not, on all ranks alike.
 
     The group shares memory already, and all its ranks call this alike, before anything is captured.
     """
     group = group_named(name)
     assert group.memory is not None
-    made, problem = rendezvous(group, 4 * words_of_ranks(group.size, d_model), Tensor.zero_, device)
+    made, problem = rendezvous(group, 4 * words, Tensor.zero_, device)
     if problem is not None:
         return None, problem
     push = group.memory.push
