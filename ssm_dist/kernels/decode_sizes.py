@@ -11,7 +11,6 @@ from ssm_dist.kernels.gluon_layers_form import (
     VECTOR,
     WARPS,
     X_WORDS,
-    few_columns,
     few_places,
     piece_bytes,
 )
@@ -80,8 +79,9 @@ def few_sizes(
         parts, left = divmod(channels, 256 * chunks)
         if left or d_model % (256 * chunks) or programs % parts or parts * ranks > MOST_SOURCES:
             continue
-        columns = few_columns(own_out * parts)
-        others = few_places(programs, d_model, chunks, dt_rank + 2 * states, columns, sequences)[-1]
+        others = few_places(
+            programs, d_model, chunks, dt_rank + 2 * states, _up(own_out * parts, WARPS), sequences
+        )[-1]
         slots_of[chunks] = (FEW_ARENA_BYTES - others) // piece_bytes(chunks)
     chunks = max(slots_of, key=lambda chunks: slots_of[chunks] * piece_bytes(chunks), default=0)
     if slots_of.get(chunks, 0) < 3:

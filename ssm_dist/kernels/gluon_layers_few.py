@@ -80,7 +80,6 @@ BATCH = gl.constexpr(20)
 """Rounds of words that a poll takes at once."""
 few_places = gluon.constexpr_function(form.few_places)
 INPUT_STRIDE = gl.constexpr(form.INPUT_STRIDE)
-few_columns = gluon.constexpr_function(form.few_columns)
 
 
 @gluon.constexpr_function
@@ -174,16 +173,16 @@ def _work_few(
     TURNS: gl.constexpr = (OWN_IN + WARPS - 1) // WARPS
     OUTPUTS: gl.constexpr = R + 2 * N
     OWN_X: gl.constexpr = (OUTPUTS + P - 1) // P
+    HOLDS_COLUMNS: gl.constexpr = OUTPUTS * OWN_IN <= 8192  # else too many registers
     ROUNDS_X: gl.constexpr = (P * OWN_X + 16 * WARPS - 1) // (16 * WARPS)
-    COLUMNS: gl.constexpr = few_columns(ROWS_OUT)
-    APART: gl.constexpr = SEQ * COLUMNS * 4
+    COLUMNS: gl.constexpr = (ROWS_OUT + WARPS - 1) // WARPS * WARPS
     TILE: gl.constexpr = tile_layout(SEQ)
     SCOPE: gl.constexpr = "gpu" if RANKS == 1 else "sys"
     X_BYTES: gl.constexpr = SEQ * OUTPUTS * 4
     STATE_BYTES: gl.constexpr = ssm.dtype.element_ty.primitive_bitwidth // 8
     H_BYTES: gl.constexpr = SEQ * H * 4
     STREAM_BYTES: gl.constexpr = H_BYTES + 2 * P * SEQ * 4  # with the squares' sums
-    kept, sums, totals, steps, products, entered, inputs, gates, scales = memory
+    kept, outs, sums, totals, steps, products, entered, inputs, gates, scales = memory
 
     program = gl.program_id(0)
     thread = gl.arange(0, THREADS, LINE)
@@ -209,7 +208,7 @@ def _work_few(
     real = held[:, None] & (s < count)[None, :]
     window_at = gl.load(slots + gl.minimum(s, count - 1)).to(gl.int64)[None, :] * conv_slot + column[:, None]
     tile = (row[:, None] * SEQ + s[None, :]) * 4
-    of_tile = products + s[None, :] * (COLUMNS * 4) + row[:, None] * 4
+    of_tile = products + s[None, :] * (CHANNELS * 4) + row[:, None] * 4
 
     # this program's columns of the stream: warp s, lane r
     mine = program * OWN_OUT + lane
@@ -247,18 +246,23 @@ def _work_few(
         _receive(kept, words + odd * STREAM_BYTES, tag, patient, blamed, SEQ * H + 2 * P * SEQ, H, SEQ)
         _find_scales(scales, squares_at, eps, P, SEQ, H)
         x = inputs_of(kept, 2 * H + 64, SEQ, PARTS_IN, CHUNKS)
-        columns = load_x_columns(x_at, program * OWN_IN, OWN_IN, OUTPUTS, D)
+        columns = ()
+        if HOLDS_COLUMNS:
+            columns = load_x_columns(x_at, first, OWN_IN, OUTPUTS, D)
         for i in range(TURNS):
-            place = multiply_few(place, ring, x, products + i * 32, COLUMNS, PARTS_IN, CHUNKS, SLOTS, SEQ)
+            place = multiply_few(place, ring, x, products + i * 32, CHANNELS, PARTS_IN, CHUNKS, SLOTS, SEQ)
         barrier()
         scale = load1(scales + s * 4)[None, :]
-        u = convolve_tile(total(of_tile, APART) * scale, window, conv + window_at, real, conv_row)
+        current = total(of_tile, SEQ * CHANNELS * 4) * scale
+        u = convolve_tile(current, window, conv + window_at, real, conv_row)
         store1(entered + tile, u)
         store_half(inputs + (s[None, :] * INPUT_STRIDE + row[:, None] * 2), u)
         barrier()
 
         # x_proj's outputs: each part to the program that adds up that output
         to_all = x_sums + odd.to(gl.int64) * (P * OWN_X * P * SEQ * 8)
+        if not HOLDS_COLUMNS:
+            columns = load_x_columns(x_at, first, OWN_IN, OUTPUTS, D)
         shares = input_products(columns, inputs, INPUT_STRIDE, OWN_IN, SEQ)
         for t in gl.static_range(ROUNDS_X):
             for half in gl.static_range(2):
@@ -268,7 +272,7 @@ def _work_few(
                 publish_wides(to, shares[t][2 * half], shares[t][2 * half + 1], tag, wanted)
         z_at = products
         for i in range(BEFORE_X):
-            place = multiply_few(place, ring, x, z_at + i * 32, COLUMNS, PARTS_IN, CHUNKS, SLOTS, SEQ)
+            place = multiply_few(place, ring, x, z_at + i * 32, CHANNELS, PARTS_IN, CHUNKS, SLOTS, SEQ)
         from_all = to_all + program.to(gl.int64) * (OWN_X * P * SEQ * 8)
         _receive_wide(sums, from_all, tag, patient, blamed, OWN_X * P * SEQ)
         for o in gl.static_range(OWN_X):
@@ -280,9 +284,9 @@ def _work_few(
                 publish(to, whole, tag, ready, SCOPE)
 
         for i in range(BEFORE_X, TURNS):
-            place = multiply_few(place, ring, x, z_at + i * 32, COLUMNS, PARTS_IN, CHUNKS, SLOTS, SEQ)
+            place = multiply_few(place, ring, x, z_at + i * 32, CHANNELS, PARTS_IN, CHUNKS, SLOTS, SEQ)
         barrier()
-        store1(gates + tile, silu(rounded(total(of_tile, APART) * scale)))
+        store1(gates + tile, silu(rounded(total(of_tile, SEQ * CHANNELS * 4) * scale)))
         before = ()
         for q in gl.static_range(SEQ):
             at = ssm + slots_of[q].to(gl.int64) * ssm_slot + cell
@@ -335,11 +339,12 @@ def _work_few(
         _receive(kept, of_part, tag, patient, blamed, SEQ * WIDE, WIDE, SEQ)
         v = inputs_of(kept, 2 * WIDE + 64, SEQ, 1, CHUNKS)
         for i in range((ROWS_OUT + WARPS - 1) // WARPS):
-            place = multiply_few(place, ring, v, products + i * 32, COLUMNS, 1, CHUNKS, SLOTS, SEQ)
+            place = multiply_few(place, ring, v, outs + i * 32, COLUMNS, 1, CHUNKS, SLOTS, SEQ)
         barrier()
         for i in gl.static_range((ROWS_OUT + 31) // 32):
             local = i * 32 + lane
-            share = total(products + sequence * (COLUMNS * 4) + gl.minimum(local, COLUMNS - 1) * 4, APART)
+            at = outs + sequence * (COLUMNS * 4) + gl.minimum(local, COLUMNS - 1) * 4
+            share = total(at, SEQ * COLUMNS * 4)
             number = group * ROWS_OUT + local
             wanted = (local < ROWS_OUT) & (number < H) & (warp < SEQ)
             at = ((rank * PARTS_OUT + part) * SEQ + sequence).to(gl.int64) * H + number
@@ -359,7 +364,7 @@ def _work_few(
             stream, following.to(gl.float32), after & 0xFFFF, words + (after & 1) * STREAM_BYTES, flat, has,
             P, SEQ, H,
         )
-        barrier()  # products and kept are free
+        barrier()  # all of this is free
 
     end = so_far + layers
     of_end = words + (end & 1) * STREAM_BYTES + H_BYTES
@@ -386,7 +391,9 @@ def few_layers_kernel(
     """
     PARTS_OUT: gl.constexpr = D // (256 * CHUNKS)
     ROWS_OUT: gl.constexpr = (H + P - 1) // P * PARTS_OUT
-    PLACES: gl.constexpr = few_places(P, H, CHUNKS, R + 2 * N, few_columns(ROWS_OUT), SEQ)
+    PLACES: gl.constexpr = few_places(
+        P, H, CHUNKS, R + 2 * N, (ROWS_OUT + WARPS - 1) // WARPS * WARPS, SEQ
+    )
     RING: gl.constexpr = SLOTS * WARPS * row_bytes(CHUNKS)
     ALL: gl.constexpr = RING + PLACES[len(PLACES) - 1] + 16 * SLOTS
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])

@@ -33,32 +33,25 @@ def piece_bytes(chunks: int) -> int:
     return WARPS * row_bytes(chunks) + 16
 
 
-def few_columns(rows: int) -> int:
-    """Of the products of a few sequences, for so many rows of out_proj: places for whole turns."""
-    return max(CHANNELS, -(-rows // WARPS) * WARPS)
-
-
 def few_places(
     programs: int, d_model: int, chunks: int, outputs: int, columns: int, sequences: int
 ) -> tuple[int, ...]:
     """Where in shared memory, after the ring, is what `gluon_layers_few` calls `memory`; at last, the end.
 
-    outputs: of x_proj; columns: what `few_columns` gives. Sums, totals and steps lie where the stream is
-    before, and not where the mixer's output is after.
+    outputs: of x_proj; columns: rows of out_proj that a program has, in whole turns. What a layer's second
+    half needs lies where its stream was: sums of x_proj's outputs, these outputs and the steps, and after
+    them, behind a part of the mixer's output, out_proj's products.
     """
     tile = CHANNELS * sequences * 4
-    sizes = (
-        -(-outputs // programs) * programs * sequences * 4 + 2048,  # sums of x_proj's outputs
-        -(-sequences * outputs // ROUND) * 2 * ROUND, tile,  # these outputs, steps
-        WARPS * sequences * columns * 4, tile, INPUT_STRIDE * sequences, tile, 256,  # products to scales
-    )  # fmt: skip
+    sums, totals = -(-outputs // programs) * programs * sequences * 4 + 2048, -(-sequences * outputs // ROUND)
     mixed = 64 * sequences + 2 * sequences * 256 * chunks + 2048
+    steps = mixed + sums + totals * 2 * ROUND
     stream = 64 * (sequences + 1) + 2 * sequences * (d_model + 2 * programs)
-    kept = max(stream, mixed + sum(sizes[:3]))
-    starts = [mixed, mixed + sizes[0], mixed + sizes[0] + sizes[1], kept]
-    for size in sizes[3:]:
+    starts = [0, mixed, mixed, mixed + sums, steps]
+    starts.append(max(stream, steps + tile, mixed + WARPS * sequences * columns * 4))
+    for size in WARPS * sequences * CHANNELS * 4, tile, INPUT_STRIDE * sequences, tile, 256:
         starts.append(starts[-1] + size)
-    return (0, *starts)
+    return tuple(starts)
 
 
 def row_bytes(chunks: int) -> int:

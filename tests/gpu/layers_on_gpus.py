@@ -43,6 +43,7 @@ SIZES: dict[str, dict[str, Any]] = {
 SLOTS = 10
 PAGES = 1000 // PAGE_TOKENS + 1
 """Of a slot: for as many steps as there are at most."""
+PROMPTS: list[Any] = [[(17 * i + 5 * j) % 60 for j in range(10)] for i in range(4)]
 EXACT = Wire("none", 128, "auto")
 IMPATIENT = 3.0
 """Seconds: more than 2 ** 31 nanoseconds, which the kernel takes as it takes longer times."""
@@ -141,12 +142,11 @@ def _zeroed(state: ModelState) -> ModelState:
 
 
 def answers(folder: Path, fused: bool, mode: str) -> tuple[list[list[int]], list[list[float]]]:
-    """Tokens and log-probabilities of requests alone, and of two of which one ends early."""
+    """Tokens and log-probabilities of requests for `PROMPTS`, one by one, then at once with other lengths."""
     llm = LLM.from_config(_config(folder, fused, mode))
-    alone, brief = (SamplingParams(max_new_tokens=n, ignore_eos=True, logprobs=0) for n in (60, 20))
-    prompts: list[Any] = [[(17 * i + 5 * j) % 60 for j in range(10)] for i in range(4)]
-    done = [completion for prompt in prompts for completion in llm.generate([prompt], alone)]
-    done += llm.generate(prompts[:2], [alone, brief])
+    lengths = [SamplingParams(max_new_tokens=n, ignore_eos=True, logprobs=0) for n in (60, 20, 45, 7)]
+    done = [completion for prompt in PROMPTS for completion in llm.generate([prompt], lengths[0])]
+    done += llm.generate(PROMPTS, lengths)
     return [c.token_ids for c in done], [c.logprobs for c in done]
 
 
@@ -186,7 +186,7 @@ def _config(folder: Path, fused: bool, mode: str) -> Any:
         "model": {"checkpoint": str(folder), "dtype": "bfloat16"},
         "parallel": {"tensor": degree}, "compile": {"mode": mode},
         "kernels": {"backend": "triton", "fuse_layers": "auto" if fused else "none"},
-        "cache": {"max_sequences": 2},
+        "cache": {"max_sequences": 4},
     }  # fmt: skip
     return build_config(None, given, given_by="test")
 

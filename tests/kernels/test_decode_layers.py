@@ -22,7 +22,7 @@ from ssm_dist.kernels.decode_sizes import (
     kernel_sizes,
     programs_of,
 )
-from ssm_dist.kernels.gluon_layers_form import CHANNELS, few_columns, few_places, piece_bytes
+from ssm_dist.kernels.gluon_layers_form import CHANNELS, few_places, piece_bytes
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
@@ -81,12 +81,14 @@ def test_what_the_kernel_for_a_few_sequences_relies_on(name: str, degree: int, s
     assert rows * programs >= sizes.d_model > rows * (programs - 1), "a program without outputs"
     assert 0 <= found["BEFORE_X"] < math.ceil(math.ceil(channels / programs) / 8) or found["BEFORE_X"] == 0
     assert 1 < found["AHEAD"] < found["SLOTS"]
-    columns = few_columns(rows * parts)
-    outputs = sizes.dt_rank + 32
-    places = few_places(programs, sizes.d_model, found["CHUNKS"], outputs, columns, sequences)
-    assert list(places[1:3]) == sorted(places[1:3])
+    columns = math.ceil(rows * parts / 8) * 8
+    places = few_places(
+        programs, sizes.d_model, found["CHUNKS"], sizes.dt_rank + 32, columns, sequences
+    )
+    assert list(places) == sorted(places)
     assert all(place % 16 == 0 for place in places)
-    assert 2 * sequences * (sizes.d_model + 2 * programs) + 64 * (sequences + 1) <= places[4], "the stream"
+    assert 2 * sequences * (sizes.d_model + 2 * programs) + 64 * (sequences + 1) <= places[5], "the stream"
+    assert places[1] + 8 * sequences * columns * 4 <= places[5], "out_proj's products"
     assert found["SLOTS"] * piece_bytes(found["CHUNKS"]) + places[-1] <= FEW_ARENA_BYTES
 
 
