@@ -69,10 +69,11 @@ def few_sizes(
 ) -> dict[str, int] | None:
     """`kernel_sizes` for so many sequences; None where that kernel does not fit.
 
-    Of the sizes of a piece that divide both widths, that whose ring holds most.
+    The widest pieces that divide both widths and of which the ring holds four: falcon-mamba-7b's eight
+    sequences take 2.41 ms with four of 33 KB, 2.50 with eight of 17.
     """
     own_in, own_out = math.ceil(channels / programs), math.ceil(d_model / programs)
-    if own_in % 4 or own_out > 32:
+    if own_in % 2 or own_out > 32:
         return None
     slots_of = {}
     for chunks in range(3, 9):
@@ -83,8 +84,8 @@ def few_sizes(
             programs, d_model, chunks, dt_rank + 2 * states, _up(own_out * parts, WARPS), sequences
         )[-1]
         slots_of[chunks] = (FEW_ARENA_BYTES - others) // piece_bytes(chunks)
-    chunks = max(slots_of, key=lambda chunks: slots_of[chunks] * piece_bytes(chunks), default=0)
-    if slots_of.get(chunks, 0) < 3:
+    chunks = max((chunks for chunks, slots in slots_of.items() if slots > 3), default=0)
+    if not chunks:
         return None
     piece = piece_bytes(chunks)
     return {

@@ -130,7 +130,12 @@ def load_x_columns(start, first, OWN: gl.constexpr, OUTPUTS: gl.constexpr, D: gl
                 k = c * 32 + lane % 4 * 8
                 at = start + (row * (D // 2) + (first + k) // 2)
                 here = (row < OUTPUTS) & (first + k < D)
-                tile += (_load_words(at, here & (k < OWN), 2), _load_words(at + 2, here & (k + 4 < OWN), 2))
+                for i in gl.static_range(0, 4, 2):
+                    if OWN % 4 == 0:
+                        tile += (_load_words(at + i, here & (k + 2 * i < OWN), 2),)
+                    else:
+                        word = gl.load(at + i, mask=here & (k + 2 * i < OWN), other=0)
+                        tile += ((word, gl.load(at + i + 1, mask=here & (k + 2 * i + 2 < OWN), other=0)),)
         result += (tile,)
     return result
 

@@ -32,6 +32,8 @@ from ssm_dist.state_sizes import PAGE_TOKENS
 SIZES: dict[str, dict[str, Any]] = {
     "mamba": {"d_model": 1024, "d_inner": 2048, "dt_rank": 64, "n_layers": 5},
     "wide mamba": {"d_model": 2560, "d_inner": 5120, "dt_rank": 160, "n_layers": 2},
+    # on two GPUs, channels of a program that are no multiple of four
+    "small mamba": {"d_model": 768, "d_inner": 1536, "dt_rank": 48, "n_layers": 4},
     "falcon": {"d_model": 1024, "d_inner": 2048, "dt_rank": 256, "n_layers": 4},
     "wide falcon": {"d_model": 4096, "d_inner": 8192, "dt_rank": 256, "n_layers": 1},
     # no multiples of 256; two heads

@@ -211,6 +211,7 @@ KERNELS: dict[str, Case] = {
             "mamba-2.8b": few_layers(2560, 5120, 160, 8),
             "four, mamba-2.8b": few_layers(2560, 5120, 160, 4),
             "mamba-2.8b at degree 2": few_layers(2560, 2560, 160, 8, 2),
+            "mamba-2.8b at degree 4": few_layers(2560, 1280, 160, 8, 4),
             "falcon-mamba-7b": few_layers(4096, 8192, 256, 8, rms=True),
             "falcon-mamba-7b at degree 4": few_layers(4096, 2048, 256, 8, 4, rms=True),
         }.items()

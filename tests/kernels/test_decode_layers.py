@@ -72,7 +72,7 @@ def test_what_the_kernel_for_a_few_sequences_relies_on(name: str, degree: int, s
     channels, programs = sizes.d_inner // degree, programs_of(sizes.d_model, 132)
     found = few_sizes(sizes.d_model, channels, sizes.dt_rank, 16, programs, degree, sequences)
     if found is None:
-        assert math.ceil(channels / programs) % 4 or degree > 2, "one and two ranks have it"
+        assert degree > 2, "one and two ranks have it"
         return
     wide = 256 * found["CHUNKS"]
     parts, rows = channels // wide, math.ceil(sizes.d_model / programs)
