@@ -16,6 +16,7 @@ from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels import gluon_layers_form as form
 from ssm_dist.kernels.gluon_layers_fetch import fetch_all
+from ssm_dist.kernels.gluon_layers_few_exchange import find_scales, receive, receive_wide, send
 from ssm_dist.kernels.gluon_layers_few_steps import (
     convolve_tile,
     input_products,
@@ -23,7 +24,6 @@ from ssm_dist.kernels.gluon_layers_few_steps import (
     load_tile_window,
     load_x_columns,
     over_sources,
-    over_warp,
     prefetch,
     rms_scales,
     step_products,
@@ -52,7 +52,6 @@ from ssm_dist.kernels.gluon_ring import (
     inputs_of,
     load1,
     load_half,
-    load_word,
     multiply_few,
     open_barriers,
     row_bytes,
@@ -65,94 +64,16 @@ from ssm_dist.kernels.gluon_warp import LOG2_E, barrier, pack, silu, softplus
 from ssm_dist.kernels.gluon_words import (
     LINE,
     THREADS,
-    high,
-    low,
     poll,
     poll_sources,
-    poll_wide,
     publish,
     publish_wide,
     publish_wides,
     rounded,
 )
 
-BATCH = gl.constexpr(20)
-"""Rounds of words that a poll takes at once."""
 few_places = gluon.constexpr_function(form.few_places)
 INPUT_STRIDE = gl.constexpr(form.INPUT_STRIDE)
-
-
-@gluon.constexpr_function
-def _of_batch(count, begin):
-    return min(count - begin * ROUND.value, BATCH.value * ROUND.value)
-
-
-@gluon.jit
-def _take(
-    to, words, tag, waits, code,
-    FIRST: gl.constexpr, COUNT: gl.constexpr, WIDTH: gl.constexpr, SEQ: gl.constexpr,
-):  # fmt: skip
-    thread = gl.arange(0, THREADS, LINE)
-    came = poll(words + FIRST * 4, 0, tag, waits, code, COUNT, 1, "gpu")
-    for k in gl.static_range((COUNT + ROUND - 1) // ROUND):
-        number = FIRST + k * ROUND + thread * 4
-        store2(to + number * 2 + gl.minimum(number // WIDTH, SEQ) * 64, came[2 * k], came[2 * k + 1])
-
-
-@gluon.jit
-def _receive(
-    to, words, tag, waits, code, COUNT: gl.constexpr, WIDTH: gl.constexpr, SEQ: gl.constexpr
-):  # fmt: skip
-    """Put COUNT numbers, which come as words in a row, into shared memory in bfloat16, for all threads.
-
-    Of the first SEQ times WIDTH, each WIDTH begin 64 bytes after the last: in other banks for `inputs_of`.
-    """
-    for begin in gl.static_range(0, (COUNT + ROUND - 1) // ROUND, BATCH):
-        _take(to, words, tag, waits, code, begin * ROUND, _of_batch(COUNT, begin), WIDTH, SEQ)
-    barrier()
-
-
-@gluon.jit
-def _receive_wide(to, words, tag, waits, code, COUNT: gl.constexpr):
-    """Put COUNT float32 numbers, which come as wide words in a row, into shared memory, for all threads."""
-    thread = gl.arange(0, THREADS, LINE)
-    came = poll_wide(words, tag, waits, code, COUNT)
-    for k in gl.static_range((COUNT + 2 * THREADS - 1) // (2 * THREADS)):
-        store2(to + (k * THREADS + thread) * 8, came[2 * k], came[2 * k + 1])
-    barrier()
-
-
-@gluon.jit
-def _send(
-    stream, gain, tag, words, at, wanted, P: gl.constexpr, SEQ: gl.constexpr, H: gl.constexpr
-):  # fmt: skip
-    """Hand over this program's columns of the stream times the norm's weight, and their squares' sums.
-
-    Warp s has sequence s, lane r column r. A sum goes as two numbers, rounded and the rest.
-    """
-    thread = gl.arange(0, THREADS, LINE)
-    publish(words + at.to(gl.int64) * 4, stream * gain, tag, wanted, "gpu")
-    sum = over_warp(gl.where(wanted, stream * stream, 0.0))
-    rest = sum - rounded(sum)
-    lane, warp = thread % 32, thread // 32
-    to = words + SEQ * H * 4 + ((gl.program_id(0) * SEQ + warp) * 2 + lane).to(gl.int64) * 4
-    publish(to, gl.where(lane == 0, sum, rest), tag, (lane < 2) & (warp < SEQ), "gpu")
-
-
-@gluon.jit
-def _find_scales(scales, squares, eps, P: gl.constexpr, SEQ: gl.constexpr, H: gl.constexpr):
-    """The norm's scale of each sequence, to `scales`, from the squares' sums of all programs.
-
-    Both are in shared memory; after the next barrier for all threads.
-    """
-    thread = gl.arange(0, THREADS, LINE)
-    lane, sequence = thread % 32, gl.minimum(thread // 32, SEQ - 1)
-    sum = gl.zeros([THREADS], gl.float32, LINE)
-    for k in gl.static_range((P + 31) // 32):
-        source = k * 32 + lane
-        both = load_word(squares + (gl.minimum(source, P - 1) * SEQ + sequence) * 4)
-        sum += gl.where(source < P, low(both) + high(both), 0.0)
-    store1(scales + sequence * 4, gl.rsqrt(over_warp(sum) / H + eps))
 
 
 @gluon.jit
@@ -223,7 +144,7 @@ def _work_few(
     so_far = gl.load(counters + program)
     stream = gl.load(hidden + gl.minimum(sequence, count - 1) * H + mine, mask=has, other=0.0).to(gl.float32)
     gain = gl.load((anchor + field(table, 0, NORM)).to(BF16) + mine, mask=has, other=0.0).to(gl.float32)
-    _send(stream, gain, so_far & 0xFFFF, words + (so_far & 1) * STREAM_BYTES, flat, has, P, SEQ, H)
+    send(stream, gain, so_far & 0xFFFF, words + (so_far & 1) * STREAM_BYTES, flat, has, P, SEQ, H)
 
     for layer in range(layers):
         exchange = so_far + layer
@@ -243,8 +164,8 @@ def _work_few(
             j = p * THREADS + thread
             prefetch(x_at + (j * (D // 2) + first // 2), gl.where(j < OUTPUTS, 1, 0), 0)
 
-        _receive(kept, words + odd * STREAM_BYTES, tag, patient, blamed, SEQ * H + 2 * P * SEQ, H, SEQ)
-        _find_scales(scales, squares_at, eps, P, SEQ, H)
+        receive(kept, words + odd * STREAM_BYTES, tag, patient, blamed, SEQ * H + 2 * P * SEQ, H, SEQ)
+        find_scales(scales, squares_at, eps, P, SEQ, H)
         x = inputs_of(kept, 2 * H + 64, SEQ, PARTS_IN, CHUNKS)
         columns = ()
         if HOLDS_COLUMNS:
@@ -274,7 +195,7 @@ def _work_few(
         for i in range(BEFORE_X):
             place = multiply_few(place, ring, x, z_at + i * 32, CHANNELS, PARTS_IN, CHUNKS, SLOTS, SEQ)
         from_all = to_all + program.to(gl.int64) * (OWN_X * P * SEQ * 8)
-        _receive_wide(sums, from_all, tag, patient, blamed, OWN_X * P * SEQ)
+        receive_wide(sums, from_all, tag, patient, blamed, OWN_X * P * SEQ)
         for o in gl.static_range(OWN_X):
             output = program + o * P
             whole = over_sources(sums + o * (P * SEQ * 4), sequence, P, SEQ)
@@ -336,7 +257,7 @@ def _work_few(
         following = gl.load((anchor + field(table, layer + 1, NORM)).to(BF16) + mine, mask=has, other=0.0)
         part, group = program % PARTS_OUT, program // PARTS_OUT
         of_part = y_words + odd * (SEQ * D * 4) + part * (SEQ * WIDE * 4)
-        _receive(kept, of_part, tag, patient, blamed, SEQ * WIDE, WIDE, SEQ)
+        receive(kept, of_part, tag, patient, blamed, SEQ * WIDE, WIDE, SEQ)
         v = inputs_of(kept, 2 * WIDE + 64, SEQ, 1, CHUNKS)
         for i in range((ROWS_OUT + WARPS - 1) // WARPS):
             place = multiply_few(place, ring, v, outs + i * 32, COLUMNS, 1, CHUNKS, SLOTS, SEQ)
@@ -360,7 +281,7 @@ def _work_few(
                 sum += came[r * PARTS_OUT + k]
             stream += gl.where(has, sum, 0.0)
         after = exchange + 1
-        _send(
+        send(
             stream, following.to(gl.float32), after & 0xFFFF, words + (after & 1) * STREAM_BYTES, flat, has,
             P, SEQ, H,
         )
@@ -368,8 +289,8 @@ def _work_few(
 
     end = so_far + layers
     of_end = words + (end & 1) * STREAM_BYTES + H_BYTES
-    _receive(squares_at, of_end, end & 0xFFFF, patient, blamed, 2 * P * SEQ, 2 * P * SEQ, SEQ)
-    _find_scales(scales, squares_at, eps, P, SEQ, H)
+    receive(squares_at, of_end, end & 0xFFFF, patient, blamed, 2 * P * SEQ, 2 * P * SEQ, SEQ)
+    find_scales(scales, squares_at, eps, P, SEQ, H)
     last = gl.load((anchor + field(table, layers, NORM)).to(BF16) + mine, mask=has, other=0.0)
     normed = stream * load1(scales + sequence * 4) * last.to(gl.float32)
     gl.store(y + flat, normed.to(gl.bfloat16), mask=has & (warp < count))
