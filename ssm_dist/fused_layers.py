@@ -88,7 +88,8 @@ def objection(
 
 
 def _sizes(model: LanguageModel, weights: list[LayerWeights], tp: TensorParallel | None) -> Sizes:
-    whole = len(model.runs()) == 1 and _mixer(model.layers[0]).x_proj.heads == 1
+    plain = len(model.runs()) == 1 and model.state_shapes().attention_sites == 0
+    whole = plain and _mixer(model.layers[0]).x_proj.heads == 1
     return sizes_of(weights[0], 1 if tp is None else tp.degree, few=whole)
 
 
@@ -117,7 +118,7 @@ def _words(
     """The memory of the ranks' vectors, and why there is none, or nothing. `why`: what is so far known."""
     from ssm_dist.parallel.collectives.words import agree, open_words, sums_at_once  # a CPU needs no Triton
 
-    why = agree(tp.group, why)
+    why = agree(tp.group, why, str(sizes))
     if why:
         return None, why
     mixer, like, wires = _mixer(model.layers[0]), model.final_norm.weight, tp.reductions

@@ -69,20 +69,24 @@ def few_sizes(
 ) -> dict[str, int] | None:
     """`kernel_sizes` for so many sequences; None where that kernel does not fit.
 
+    Every program has as much: of a GPU's multiprocessors as many as divide both widths, 128 of 132.
     The widest pieces that divide both widths and of which the ring holds four: falcon-mamba-7b's eight
     sequences take 2.41 ms with four of 33 KB, 2.50 with eight of 17.
     """
-    own_in, own_out = math.ceil(channels / programs), math.ceil(d_model / programs)
-    if own_in % 2 or own_out > 32:
+    (own_in, rest), (own_out, left) = divmod(channels, programs), divmod(d_model, programs)
+    if rest or left or own_in % 2 or own_out > 32:
+        return None
+    tile = 16 * WARPS  # of x_proj's outputs at a time; each program adds up as many, of which some may not be
+    outputs = dt_rank + 2 * states
+    if math.ceil(math.ceil(outputs / programs) * programs / tile) > math.ceil(outputs / tile):
         return None
     slots_of = {}
     for chunks in range(3, 9):
         parts, left = divmod(channels, 256 * chunks)
         if left or d_model % (256 * chunks) or programs % parts or parts * ranks > MOST_SOURCES:
             continue
-        others = few_places(
-            programs, d_model, chunks, dt_rank + 2 * states, _up(own_out * parts, WARPS), sequences
-        )[-1]
+        columns = _up(own_out * parts, WARPS)
+        others = few_places(programs, d_model, chunks, outputs, columns, sequences)[-1]
         slots_of[chunks] = (FEW_ARENA_BYTES - others) // piece_bytes(chunks)
     chunks = max((chunks for chunks, slots in slots_of.items() if slots > 3), default=0)
     if not chunks:

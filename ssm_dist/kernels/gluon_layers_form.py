@@ -46,7 +46,8 @@ def few_places(
     sums, totals = -(-outputs // programs) * programs * sequences * 4 + 2048, -(-sequences * outputs // ROUND)
     mixed = 64 * sequences + 2 * sequences * 256 * chunks + 2048
     steps = mixed + sums + totals * 2 * ROUND
-    stream = 64 * (sequences + 1) + 2 * sequences * (d_model + 2 * programs)
+    numbers = -(-sequences * (d_model + 2 * programs) // ROUND) * ROUND
+    stream = 64 * (sequences + 1) + 2 * numbers
     starts = [0, mixed, mixed, mixed + sums, steps]
     starts.append(max(stream, steps + tile, mixed + WARPS * sequences * columns * 4))
     for size in WARPS * sequences * CHANNELS * 4, tile, INPUT_STRIDE * sequences, tile, 256:

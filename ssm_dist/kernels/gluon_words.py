@@ -3,7 +3,8 @@
 A word is a bfloat16 number and, in its low half, a tag: the number of the exchange. Who needs a vector polls
 its words until all have the tag; so a number arrives with the news of its arrival, and no barrier, flag or
 fence stands between. Words are never emptied: the next vector in the same place has another tag. Whoever
-writes that one must know that everybody has read this one.
+writes that one must know that everybody has read this one. A wide word is a float32 number and its tag, in
+eight bytes, for sums of which somebody adds up the parts.
 """
 
 from triton.experimental import gluon

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ssm_dist import fused_layers
 from ssm_dist.checkpoint.random_weights import random_parameters
 from ssm_dist.config import KernelsConfig
 from ssm_dist.fused_layers import fuse_layers, objection
@@ -28,6 +30,7 @@ from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.mamba import Mamba, MambaConfig
 from ssm_dist.models.mixer import MambaMixer
 from ssm_dist.models.zamba import Zamba, ZambaConfig
+from ssm_dist.parallel.collectives import words
 from ssm_dist.registry import preset
 from ssm_dist.state_sizes import PAGE_TOKENS
 
@@ -62,32 +65,36 @@ def test_what_the_kernel_relies_on(name: str, degree: int) -> None:
     assert ring + 2 * max(sizes.d_model, channels) + 8192 <= ARENA_BYTES
 
 
+@pytest.mark.parametrize("multiprocessors", [78, 114, 132])
 @pytest.mark.parametrize("sequences", FEW)
 @pytest.mark.parametrize(
     ("name", "degree"),
     [(n, d) for n in PRESETS if n != "zamba-7b" for d in (1, 2, 4, 8) if preset(n)[1].d_inner % d == 0],
 )
-def test_what_the_kernel_for_a_few_sequences_relies_on(name: str, degree: int, sequences: int) -> None:
+def test_what_the_kernel_for_a_few_sequences_relies_on(
+    name: str, degree: int, sequences: int, multiprocessors: int
+) -> None:
     sizes = preset(name)[1]
-    channels, programs = sizes.d_inner // degree, programs_of(sizes.d_model, 132)
+    channels, programs = sizes.d_inner // degree, programs_of(sizes.d_model, multiprocessors)
     found = few_sizes(sizes.d_model, channels, sizes.dt_rank, 16, programs, degree, sequences)
     if found is None:
-        assert degree > 2, "one and two ranks have it"
+        assert degree > 2 or multiprocessors < 132, "one and two H200s have it"
         return
-    wide = 256 * found["CHUNKS"]
-    parts, rows = channels // wide, math.ceil(sizes.d_model / programs)
+    wide, outputs = 256 * found["CHUNKS"], sizes.dt_rank + 32
+    parts, rows = channels // wide, sizes.d_model // programs
+    assert channels % programs == sizes.d_model % programs == 0, "every program has as much"
     assert sizes.d_model % wide == channels % wide == programs % parts == 0, "pieces are whole"
+    assert channels // programs % 2 == 0, "x_proj's columns come by twos"
     assert rows <= 32, "a warp has a sequence's columns of the stream"
-    assert rows * programs >= sizes.d_model > rows * (programs - 1), "a program without outputs"
-    assert 0 <= found["BEFORE_X"] < math.ceil(math.ceil(channels / programs) / 8) or found["BEFORE_X"] == 0
+    assert math.ceil(math.ceil(outputs / programs) * programs / 128) == math.ceil(outputs / 128), "tiles"
+    assert 0 <= found["BEFORE_X"] < math.ceil(channels / programs / 8)
     assert 1 < found["AHEAD"] < found["SLOTS"]
     columns = math.ceil(rows * parts / 8) * 8
-    places = few_places(
-        programs, sizes.d_model, found["CHUNKS"], sizes.dt_rank + 32, columns, sequences
-    )
+    places = few_places(programs, sizes.d_model, found["CHUNKS"], outputs, columns, sequences)
     assert list(places) == sorted(places)
     assert all(place % 16 == 0 for place in places)
-    assert 2 * sequences * (sizes.d_model + 2 * programs) + 64 * (sequences + 1) <= places[5], "the stream"
+    numbers = math.ceil(sequences * (sizes.d_model + 2 * programs) / 1024) * 1024
+    assert 2 * numbers + 64 * (sequences + 1) <= places[5], "the stream"
     assert places[1] + 8 * sequences * columns * 4 <= places[5], "out_proj's products"
     assert found["SLOTS"] * piece_bytes(found["CHUNKS"]) + places[-1] <= FEW_ARENA_BYTES
 
@@ -127,6 +134,34 @@ def test_runs_begin_at_hybrid_layers() -> None:
     assert _model("mamba").runs() == [range(5)]
     assert _model("zamba").runs() == [range(1), range(1, 3), range(3, 5)]
     assert _model("zamba", hybrid_layers=(0, 2)).runs() == [range(2), range(2, 5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "few"),
+    [("mamba", {}, True), ("zamba", {}, False), ("zamba", {"hybrid_layers": (0,)}, False)],
+)
+def test_a_few_sequences_are_for_models_of_nothing_but_mixers(
+    name: str, changed: dict[str, Any], few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    monkeypatch.setattr(fused_layers, "sizes_of", lambda _layer, _ranks, few: asked.append(few))
+    fused_layers._sizes(_model(name, **changed), [None], None)  # type: ignore[list-item]
+    assert asked == [few]
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (("", "sizes"), ""),
+        (("since there is no room", "{}"), "since there is no room"),
+        (("", "other sizes"), "since its ranks' GPUs are not alike"),
+    ],
+)
+def test_ranks_agree(others: tuple[str, str], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "group_named", lambda name: SimpleNamespace(name=name, memory="theirs"))
+    monkeypatch.setattr(words, "everybodys", lambda _group, mine: [mine, others])
+    assert words.agree("tp", "", "sizes") == said
+    assert words.agree("tp", "since mine has none", "{}") == "since mine has none"
 
 
 class _ByLayers:

@@ -16,12 +16,17 @@ def sums_at_once(name: str, rows: Tensor, wire: Wire, *, with_norm: bool) -> boo
     return is_one_shot(group_named(name), rows, wire, with_norm)
 
 
-def agree(name: str, objection: str) -> str:
-    """The first objection of any rank of a group, the same on all of them; empty where there is none."""
+def agree(name: str, objection: str, sizes: str) -> str:
+    """The first objection of any rank of a group, the same on all of them; empty where there is none.
+
+    sizes: what has to be the same on all of them.
+    """
     group = group_named(name)
     if group.memory is None:
         return "since the ranks share no memory"
-    return next((said for said in everybodys(group, objection) if said), "")
+    objections, sizes_of = zip(*everybodys(group, (objection, sizes)), strict=True)
+    alike = "" if len(set(sizes_of)) == 1 else "since its ranks' GPUs are not alike"
+    return next((said for said in objections if said), alike)
 
 
 def open_words(name: str, words: int, device: torch.device) -> tuple[RankWords | None, str | None]:
