@@ -123,7 +123,7 @@ def _work(
         x_part = odd * (RANKS * X_BYTES) + head * (OUTPUTS * 4)
         h_part = 2 * RANKS * X_BYTES + odd * (RANKS * H_BYTES)
 
-        window = load_window(anchor, table, layer, conv, channel, inside, conv_row)
+        window = load_window(anchor, table, layer, conv, channel, inside, channel, inside, conv_row)
         x = inputs(kept, PARTS_IN, CHUNKS)
         for i in range(TURNS):
             place = multiply(place, ring, x, products + i * 32, PARTS_IN, CHUNKS, SLOTS, True)

@@ -21,7 +21,6 @@ from ssm_dist.kernels.gluon_layers_few_steps import (
     convolve_tile,
     input_products,
     load_dt_rows,
-    load_tile_window,
     load_x_columns,
     over_sources,
     prefetch,
@@ -44,6 +43,7 @@ from ssm_dist.kernels.gluon_layers_steps import (
     SKIP,
     X,
     field,
+    load_window,
     sums_of_round,
 )
 from ssm_dist.kernels.gluon_ring import (
@@ -151,7 +151,7 @@ def _work_few(
         tag, odd = exchange & 0xFFFF, exchange & 1
         x_part = odd * X_BYTES
         h_part = 2 * RANKS * X_BYTES + odd * (2 * RANKS * PARTS_OUT * H_BYTES)
-        window = load_tile_window(anchor, table, layer, conv + window_at, column, held, real, conv_row)
+        window = load_window(anchor, table, layer, conv, column, held, window_at, real, conv_row)
         # what the second half of the layer takes besides weights, while memory is idle
         first, own_here = program * OWN_IN, gl.minimum(OWN_IN, D - program * OWN_IN)
         dt_at, rates_at = anchor + field(table, layer, DT), anchor + field(table, layer, A_LOG)

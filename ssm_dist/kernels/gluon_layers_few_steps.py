@@ -4,7 +4,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels import gluon_layers_form as form
-from ssm_dist.kernels.gluon_layers_steps import BF16, CONV_BIAS, TAPS, field
 from ssm_dist.kernels.gluon_ring import WARPS, load1, load4, load_half, store1, store_pair
 from ssm_dist.kernels.gluon_warp import product_of_16, silu
 from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, rounded
@@ -43,20 +42,6 @@ def over_sources(at, sequence, P: gl.constexpr, SEQ: gl.constexpr):
         value = load1(at + (gl.minimum(source, P - 1) * SEQ + sequence) * 4)
         sum += gl.where(source < P, value, 0.0)
     return over_warp(sum)
-
-
-@gluon.jit
-def load_tile_window(anchor, table, layer, conv, column, held, real, conv_row):
-    """Taps, bias and the last inputs of the convolution of (channels, sequences)."""
-    taps = anchor + field(table, layer, TAPS) + column * 2
-    return (
-        gl.load(taps, mask=held, other=0),
-        gl.load(taps + 1, mask=held, other=0),
-        gl.load((anchor + field(table, layer, CONV_BIAS)).to(BF16) + column, mask=held, other=0.0),
-        gl.load(conv, mask=real, other=0.0),
-        gl.load(conv + conv_row, mask=real, other=0.0),
-        gl.load(conv + 2 * conv_row, mask=real, other=0.0),
-    )
 
 
 @gluon.jit

@@ -128,17 +128,17 @@ def norm(stream, gains, WIDTH: gl.constexpr, eps):
 
 
 @gluon.jit
-def load_window(anchor, table, layer, conv, channel, inside, conv_row):
-    """Taps, bias and the last inputs of the convolution of some channels."""
+def load_window(anchor, table, layer, conv, channel, inside, place, real, conv_row):
+    """Taps and bias of the convolution of channels inside; its last inputs, at conv + place, where real."""
     taps = anchor + field(table, layer, TAPS) + channel * 2
-    at = conv + channel
+    at = conv + place
     return (
         gl.load(taps, mask=inside, other=0),
         gl.load(taps + 1, mask=inside, other=0),
         gl.load((anchor + field(table, layer, CONV_BIAS)).to(BF16) + channel, mask=inside, other=0.0),
-        gl.load(at, mask=inside, other=0.0),
-        gl.load(at + conv_row, mask=inside, other=0.0),
-        gl.load(at + 2 * conv_row, mask=inside, other=0.0),
+        gl.load(at, mask=real, other=0.0),
+        gl.load(at + conv_row, mask=real, other=0.0),
+        gl.load(at + 2 * conv_row, mask=real, other=0.0),
     )
 
 
