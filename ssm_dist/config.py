@@ -50,7 +50,7 @@ class KernelsConfig(Section):
     """Implementation of the ops; auto takes the fastest that works on this device."""
 
     fuse_layers: Literal["auto", "none"] = "auto"
-    """Whether decode steps of one sequence run many layers in one kernel; auto: where GPU, model and sums
+    """Whether decode steps of a few sequences run many layers in one kernel; auto: where GPU, model and sums
     allow it."""
 
 

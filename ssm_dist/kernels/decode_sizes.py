@@ -85,8 +85,7 @@ def few_sizes(
         parts, left = divmod(channels, 256 * chunks)
         if left or d_model % (256 * chunks) or programs % parts or parts * ranks > MOST_SOURCES:
             continue
-        columns = _up(own_out * parts, WARPS)
-        others = few_places(programs, d_model, chunks, outputs, columns, sequences)[-1]
+        others = few_places(programs, d_model, chunks, outputs, own_out * parts, sequences)[-1]
         slots_of[chunks] = (FEW_ARENA_BYTES - others) // piece_bytes(chunks)
     chunks = max((chunks for chunks, slots in slots_of.items() if slots > 3), default=0)
     if not chunks:

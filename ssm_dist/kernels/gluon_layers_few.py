@@ -312,9 +312,7 @@ def few_layers_kernel(
     """
     PARTS_OUT: gl.constexpr = D // (256 * CHUNKS)
     ROWS_OUT: gl.constexpr = (H + P - 1) // P * PARTS_OUT
-    PLACES: gl.constexpr = few_places(
-        P, H, CHUNKS, R + 2 * N, (ROWS_OUT + WARPS - 1) // WARPS * WARPS, SEQ
-    )
+    PLACES: gl.constexpr = few_places(P, H, CHUNKS, R + 2 * N, ROWS_OUT, SEQ)
     RING: gl.constexpr = SLOTS * WARPS * row_bytes(CHUNKS)
     ALL: gl.constexpr = RING + PLACES[len(PLACES) - 1] + 16 * SLOTS
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])

@@ -1,4 +1,4 @@
-"""What `decode_layers` and its kernel, `gluon_layers`, both have to know. A CPU reads it without Triton."""
+"""What `decode_layers` and its kernels both have to know. A CPU reads it without Triton."""
 
 WARPS = 8
 """That multiply; so many rows a piece."""
@@ -34,14 +34,15 @@ def piece_bytes(chunks: int) -> int:
 
 
 def few_places(
-    programs: int, d_model: int, chunks: int, outputs: int, columns: int, sequences: int
+    programs: int, d_model: int, chunks: int, outputs: int, rows: int, sequences: int
 ) -> tuple[int, ...]:
     """Where in shared memory, after the ring, is what `gluon_layers_few` calls `memory`; at last, the end.
 
-    outputs: of x_proj; columns: rows of out_proj that a program has, in whole turns. What a layer's second
-    half needs lies where its stream was: sums of x_proj's outputs, these outputs and the steps, and after
-    them, behind a part of the mixer's output, out_proj's products.
+    outputs: of x_proj; rows: of out_proj that a program has. What a layer's second half needs lies where its
+    stream was: sums of x_proj's outputs, these outputs and the steps, and after them, behind a part of the
+    mixer's output, out_proj's products, in whole turns.
     """
+    columns = -(-rows // WARPS) * WARPS
     tile = CHANNELS * sequences * 4
     sums, totals = -(-outputs // programs) * programs * sequences * 4 + 2048, -(-sequences * outputs // ROUND)
     mixed = 64 * sequences + 2 * sequences * 256 * chunks + 2048

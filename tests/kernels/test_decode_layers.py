@@ -90,7 +90,7 @@ def test_what_the_kernel_for_a_few_sequences_relies_on(
     assert 0 <= found["BEFORE_X"] < math.ceil(channels / programs / 8)
     assert 1 < found["AHEAD"] < found["SLOTS"]
     columns = math.ceil(rows * parts / 8) * 8
-    places = few_places(programs, sizes.d_model, found["CHUNKS"], outputs, columns, sequences)
+    places = few_places(programs, sizes.d_model, found["CHUNKS"], outputs, rows * parts, sequences)
     assert list(places) == sorted(places)
     assert all(place % 16 == 0 for place in places)
     numbers = math.ceil(sequences * (sizes.d_model + 2 * programs) / 1024) * 1024
