@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssm_dist import kernels
 from ssm_dist.graphs import Graphs, bucket, buckets
 from ssm_dist.models.batch import RaggedBatch
 from ssm_dist.models.language_model import LanguageModel
@@ -77,7 +78,8 @@ class Engine:
         self.prefill = Prefill(model, cache, self._packer, chunk_tokens, overlap_tokens)
         rows = cache.max_sequences + 1
         self._offsets = torch.arange(rows + 1, dtype=torch.int32, device=self._device)
-        self._last_token, self._last_place = torch.zeros(2, rows, dtype=torch.int64, device=self._device)
+        self._last_token = torch.zeros(rows, dtype=torch.int64, device=self._device)
+        self._last_place = torch.zeros_like(self._last_token)
         self._decode: Callable[[Tensor], Sampled] = self._decode_step
         self._compiled = compiled
         if compiled:
@@ -152,24 +154,24 @@ class Engine:
 
     def _decode_step(self, slots: Tensor) -> Sampled:
         """From the last tokens of the slots (S,) int64 to the next ones."""
-        tokens, places = self._last_token[slots], self._last_place[slots]
+        tokens, places, next_places, narrow = kernels.load_last(self._last_token, self._last_place, slots)
         batch = RaggedBatch(
-            tokens=tokens, seq_offsets=self._offsets[: len(slots) + 1], slots=slots.int(), positions=places,
+            tokens=tokens, seq_offsets=self._offsets[: len(slots) + 1], slots=narrow, positions=places,
             decode=True, pages=self.cache.page_table(slots),
         )  # fmt: skip
         hidden = self.model(batch, self._state)
-        sampled = self.sampler.sample(self._logits(hidden), slots, places + 1)
-        # nobody's place stays at the start of nobody's page
-        self._remember(slots, sampled.ids, torch.where(slots == self.cache.padding_slot, 0, places + 1))
+        sampled = self.sampler.sample(self._logits(hidden), slots, next_places)
+        self._remember(slots, sampled.ids, next_places)
         return sampled
 
     def _logits(self, hidden: Tensor) -> Tensor:
         logits: Tensor = self.model.head(hidden)
-        return logits[:, : self._vocab_size].float()
+        return logits[:, : self._vocab_size]
 
     def _remember(self, slots: Tensor, ids: Tensor, places: Tensor) -> None:
-        self._last_token.index_put_((slots,), ids)
-        self._last_place.index_put_((slots,), places)
+        # nobody's place stays at the start of nobody's page
+        nobody = self.cache.padding_slot
+        kernels.store_last(self._last_token, self._last_place, slots, ids, places, nobody)
 
     def _on_its_way(self, ends: list[Chunk], sampled: Sampled | None) -> Pending:
         if self._device.type != "cuda":

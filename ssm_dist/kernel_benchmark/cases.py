@@ -76,6 +76,9 @@ def cases(models: list[str], degrees: list[int]) -> Iterator[Case]:
                 yield _projected(sizes, config.dt_rank, sequences)
                 if sizes.groups > 1:
                     yield _project_heads(sizes, config.dt_rank, sequences)
+            if degree == 1:
+                yield from (_largest(model, config.vocab_size, sequences) for sequences in DECODES)
+                yield from (_last(op, model, sequences) for op in ("load", "store") for sequences in DECODES)
             for columns, width in linear_layers(config, degree):
                 yield from (_linear(model, degree, columns, width, rows) for rows in FEW_ROWS)
             if degree == 1:
@@ -203,6 +206,24 @@ def _linear(model: str, degree: int, columns: int, width: int, rows: int) -> Cas
 
     moved = HALF * (columns * width + rows * (columns + width))
     return Case("linear", model, degree, rows, 1, columns, make, moved, 2 * rows * columns * width)
+
+
+def _largest(model: str, width: int, rows: int) -> Case:
+    def make(device: torch.device) -> list[Any]:
+        return [_normal(rows, width, device=device)]
+
+    return Case("largest", model, 1, rows, 1, width, make, rows * (HALF * width + HALF + 8))
+
+
+def _last(op: str, model: str, sequences: int) -> Case:
+    """Loading, or storing, last tokens and places of all slots."""
+
+    def make(device: torch.device) -> list[Any]:
+        numbers = torch.arange(5 * sequences, device=device).view(5, -1)
+        return [*numbers[:3] % sequences] if op == "load" else [*numbers % sequences, sequences]
+
+    moved = sequences * (52 if op == "load" else 40)
+    return Case(f"{op}_last", model, 1, sequences, 1, 1, make, moved)
 
 
 def _normalize(model: str, width: int, rows: int) -> Case:

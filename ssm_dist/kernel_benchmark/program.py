@@ -70,6 +70,9 @@ SWEEP: dict[str, list[tuning.Configuration]] = {
         for s, (d, w) in itertools.product((1, 2, 4), ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (128, 4)))
     ],
     "add_rms_norm": [{"num_warps": w, "EARLY": early} for w in (2, 4, 8, 16) for early in (0, 1)],
+    "largest": [
+        {"BLOCK": b, "num_warps": w} for b, w in itertools.product((512, 1024, 2048, 4096, 8192), (4, 8))
+    ],
     "paged_attention": [
         {"BLOCK_M": m, "BLOCK_N": n, "num_warps": m // 8, "num_stages": stages}
         for m, n, stages in ((64, 32, 3), (64, 32, 2), (64, 64, 1), (64, 16, 3), (32, 32, 2))

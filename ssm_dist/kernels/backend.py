@@ -30,13 +30,16 @@ SERVES: dict[str, dict[str, str]] = {
     "encode_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "encode_rows_with_feedback": {"triton": "triton", "mamba_ssm": "triton"},
     "gated_gelu": {"triton": "triton", "mamba_ssm": "triton"},
+    "largest": {"triton": "triton", "mamba_ssm": "triton"},
     "linear": {"triton": "triton", "mamba_ssm": "triton"},
+    "load_last": {"triton": "triton", "mamba_ssm": "triton"},
     "paged_attention": {"triton": "triton", "mamba_ssm": "triton"},
     "project_heads": {"triton": "triton", "mamba_ssm": "triton"},
     "projected_state_update": {"triton": "triton", "mamba_ssm": "reference"},
     "rms_normalize": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_scan": {"triton": "triton", "mamba_ssm": "triton"},
     "selective_state_update": {"triton": "triton", "mamba_ssm": "mamba_ssm"},
+    "store_last": {"triton": "triton", "mamba_ssm": "triton"},
     "sum_rows": {"triton": "triton", "mamba_ssm": "triton"},
     "sum_rows_with_feedback": {"triton": "triton", "mamba_ssm": "triton"},
 }
@@ -46,7 +49,8 @@ MODULES = {
     "reference": (),
     "triton": (
         "triton_conv", "triton_update", "triton_norm", "triton_scan", "triton_attention", "triton_codecs",
-        "triton_linear", "triton_projected_update", "triton_activation",
+        "triton_linear", "triton_projected_update", "triton_activation", "triton_argmax",
+        "triton_last_tokens",
     ),
     "mamba_ssm": ("mamba_ssm_backend",),
 }  # fmt: skip

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssm_dist.kernels import largest
 from ssm_dist.sampling.noise import as_int64, gumbel_noise
 from ssm_dist.sampling.params import SamplingParams
 
@@ -92,9 +93,11 @@ class Sampler:
         logits (S, vocab_size) of any float dtype; slots (S,) int, the slot of each row; positions (S,) int64,
         the place that the new token takes in its sequence.
         """
-        logits, slots = logits.float(), slots.long()
+        slots = slots.long()
+        if self.work != Work():  # greedy steps, of which each launch counts, take the numbers as they are
+            logits = logits.float()
         scores = self._penalised(logits, slots)
-        peak, ids = scores.max(dim=-1)  # the lowest id among equals, and NaN above all, on every device
+        peak, ids = largest(scores)
         if self.work.draw:
             drawn = self._draw(scores - peak[:, None], slots, positions)
             ids = torch.where(self._greedy[slots] | ~peak.isfinite(), ids, drawn)

@@ -269,6 +269,58 @@ def test_gated_gelu_is_its_definition(dtype: torch.dtype, rows: int, width: int)
     assert relative_error(kernels.gated_gelu(gate, up), expected) < OUTPUT_ERROR[dtype]
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("rows", "width"), [(1, 50_280), (1, 65_024), (8, 50_277), (64, 50_280), (256, 65_024), (3, 37), (300, 1)]
+)
+def test_largest_is_torchs_max(rows: int, width: int, dtype: torch.dtype) -> None:
+    """With ties, among them at the top; rows of -inf, of one number and with several NaN; strided rows."""
+    packed = (8 * torch.randn(rows, width + 24, device="cuda")).round().clamp(max=24).to(dtype)
+    packed[0, width - 1] = 100.0
+    packed[1::5, :width] = -torch.inf
+    packed[2::5, :width] = 7.0
+    packed[3::5, width // 3 : width] = torch.nan
+    for logits in (packed[:, :width], packed[:, :width].contiguous(), packed[:, 5 : width + 5], packed[:1]):
+        values, ids = kernels.largest(logits)
+        expected, expected_ids = torch.max(logits, dim=-1)
+        assert torch.equal(ids, expected_ids)
+        assert_close(values, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+@pytest.mark.parametrize("compiled", [False, True], ids=["as written", "compiled"])
+def test_greedy_sampling_replays_in_a_graph(rows: int, compiled: bool) -> None:
+    """From slots to the tokens of their next step, right behind each other and behind the head's product."""
+    width, nobody = 50_280, 2 * rows
+    embedding = torch.randn(width, 256, dtype=torch.bfloat16, device="cuda")
+    head = torch.randn(width, 256, dtype=torch.bfloat16, device="cuda")
+    slots = torch.randperm(2 * rows, device="cuda")[:rows]
+    last_token = torch.randint(0, width, (2 * rows + 1,), device="cuda")
+    last_place = torch.arange(2 * rows + 1, device="cuda")
+
+    def step(slots: Tensor) -> Tensor:
+        tokens, _, next_places, _ = kernels.load_last(last_token, last_place, slots)
+        _, ids = kernels.largest(kernels.linear(embedding[tokens], head)[:, : width - 3])
+        kernels.store_last(last_token, last_place, slots, ids, next_places, nobody)
+        return ids
+
+    run = torch.compile(step, fullgraph=True, dynamic=True) if compiled else step
+    before = last_token.clone()
+    run(slots)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ids = run(slots)
+    last_token.copy_(before)
+    last_place.copy_(torch.arange(2 * rows + 1))
+    for turn in range(1, 20):
+        logits = kernels.linear(embedding[last_token[slots]], head)[:, : width - 3]
+        graph.replay()
+        assert torch.equal(ids, logits.max(dim=-1).indices)
+        assert torch.equal(last_token[slots], ids) and torch.equal(last_place[slots], slots + turn)
+    unnamed = torch.ones_like(last_token, dtype=torch.bool).index_fill(0, slots, False)
+    assert torch.equal(last_token[unnamed], before[unnamed])
+
+
 ATTENTIONS = [
     ("decode", [1] * 5, [0, 1, 700, 15, 4100], 2, 464),
     ("one", [1], [4095], 16, 464),

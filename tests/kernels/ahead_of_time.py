@@ -31,8 +31,10 @@ from ssm_dist.kernels import (
     gluon_linear,
     gluon_scan,
     triton_activation,
+    triton_argmax,
     triton_attention,
     triton_conv,
+    triton_last_tokens,
     triton_linear_kernels,
     triton_norm,
     triton_projected_update,
@@ -59,6 +61,8 @@ CONV = {"WIDTH": 4, "HAS_BIAS": True, "BLOCK_S": 256, "state": "*bf16"}
 UPDATE = {"N": 16, "ONE_GROUP": True, "state": "*fp32"}
 NORM = {"HAS_BRANCH": True, "HAS_RESIDUAL": True, "HAS_MORE": False, "BLOCK": 4096, "eps": "fp32"}
 ROWS = {"ROWS": 4, "BLOCK": 256, "eps": "fp32"}
+LARGEST = {"logits": "*bf16", "values": "*bf16", "ids": "*i64", "parts": "*i64", "UNIT": 8, "PARTS": 64}
+LAST = {**dict.fromkeys(("last_token", "last_place", "slots", "tokens", "places"), "*i64"), "BLOCK": 128}
 HEAD = {"PAGE": 16, "BLOCK": 512, "BLOCK_S": 32, "scale": "fp32", "num_warps": 2}
 PARTS = {"BLOCK_N": 8, "STAGES": 4, "ALONE": False, "num_warps": 2}
 JOIN = {"PARTS": 64, "BLOCK": 128, "BLOCK_P": 32, "BLOCK_N": 8}
@@ -142,6 +146,12 @@ KERNELS: dict[str, Case] = {
         {**dict.fromkeys(("gate", "up"), "*bf16"), "BLOCK": 1024},
     ),
     "rms_normalize": Case(triton_norm._rms_normalize_kernel, ROWS),
+    "largest": Case(triton_argmax._largest_kernel, LARGEST, "largest"),
+    "largest of few rows": Case(triton_argmax._largest_kernel, {**LARGEST, "BLOCK": 1024}),
+    "load_last": Case(
+        triton_last_tokens._load_kernel, {**LAST, "next_places": "*i64", "narrow": "*i32"}, "", (90,)
+    ),
+    "store_last": Case(triton_last_tokens._store_kernel, LAST, "", (90,)),
     "attention in chunks": Case(
         triton_attention._chunk_kernel, {**HEAD, "PRECISION": "tf32"}, "paged_attention"
     ),
