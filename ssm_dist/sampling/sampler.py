@@ -109,6 +109,8 @@ class Sampler:
             return Sampled(ids, None, None, None)
         normaliser = logits.logsumexp(dim=-1, keepdim=True)
         chosen = logits.gather(-1, ids[:, None]) - normaliser
+        if self.work.logprobs == 0:  # views: torch 2.11 compiles no kernel of nothing
+            return Sampled(ids, chosen.squeeze(-1), ids[:, None][:, :0], logits[:, :0])
         top, top_ids = logits.topk(min(self.work.logprobs, self.vocab_size), dim=-1)
         return Sampled(ids, chosen.squeeze(-1), top_ids, top - normaliser)
 
