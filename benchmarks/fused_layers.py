@@ -35,7 +35,7 @@ from ssm_dist.state_cache import StateCache
 
 COPY = 4.24e12
 """Bytes a second."""
-STEPS, REPLAYS, SLOTS = 4, 15, 64
+STEPS, REPLAYS, SLOTS = 4, 15, 16
 
 
 def loaded(model: str) -> LoadedModel:

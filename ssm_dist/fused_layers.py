@@ -12,13 +12,12 @@ from ssm_dist.config import KernelsConfig
 from ssm_dist.kernels.decode_layers import (
     Exchange,
     LayerStack,
+    LayerWeights,
     RankWords,
-    chains_of,
     reason_against,
     sizes_of,
 )
 from ssm_dist.kernels.decode_sizes import Sizes, words_of_ranks
-from ssm_dist.kernels.decode_weights import LayerWeights
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.models.layers import AddRMSNorm
 from ssm_dist.models.mixer import MambaMixer
@@ -98,12 +97,11 @@ def _stacks(
     model: LanguageModel, weights: list[LayerWeights], tp: TensorParallel | None, exchange: Exchange
 ) -> list[LayerStack]:
     mixer, norm, runs = _mixer(model.layers[0]), model.final_norm, model.runs()
-    chains = chains_of(weights[0], 1 if tp is None else tp.degree) if max(exchange.sizes) > 1 else None
     return [
         LayerStack(
             weights[run.start : run.stop], exchange, norm.eps, rms_eps=mixer.mixer_rms_eps,
             last_norm=norm.weight if run is runs[-1] else None, heads=mixer.x_proj.heads_held,
-            sharers=_sharers(mixer, tp), chains=chains,
+            sharers=_sharers(mixer, tp),
         )
         for run in runs
     ]  # fmt: skip

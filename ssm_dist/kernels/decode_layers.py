@@ -17,19 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssm_dist.kernels.decode_chain import Chain
 from ssm_dist.kernels.decode_sizes import (
-    CHAINED,
     FEW,
     Sizes,
-    chain_sizes,
     few_sizes,
     kernel_sizes,
     programs_of,
     words_of_ranks,
     words_within,
 )
-from ssm_dist.kernels.decode_weights import LayerWeights
 from ssm_dist.kernels.gluon_layers_form import CHANNELS, FIELDS, X_WORDS
 from ssm_dist.kernels.operators import operator
 
@@ -38,6 +34,36 @@ SMALLEST = 512
 
 UNBOUNDED = 2**61
 """Nanoseconds: a rank alone waits for nobody who could be gone. The kernel doubles it."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerWeights:
+    """The parameters of one layer that a rank holds: D channels of d_inner, H = d_model, R = dt_rank."""
+
+    norm: Tensor
+    """(H,) bfloat16."""
+    in_proj: Tensor
+    """(2, D, H) bfloat16: x, then z."""
+    taps: Tensor
+    """(D, 4) bfloat16."""
+    conv_bias: Tensor
+    """(D,) bfloat16."""
+    x_proj: Tensor
+    """(R + 2 N, D) bfloat16: dt, B, C."""
+    dt_proj: Tensor
+    """(D, R) bfloat16."""
+    dt_bias: Tensor
+    """(D,) float32."""
+    A_log: Tensor
+    """(D, N) float32."""
+    skip: Tensor
+    """(D,) float32; D of the Mamba paper."""
+    out_proj: Tensor
+    """(H, D) bfloat16."""
+
+    def all(self) -> list[Tensor]:
+        """In the order of the kernel's table."""
+        return [getattr(self, field.name) for field in fields(self)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,20 +149,12 @@ class Exchange:
             begin += words_of_ranks({most: constants})
 
 
-def chains_of(layer: LayerWeights, ranks: int) -> Sizes:
-    """The forms of `decode_chain` for whole models of such layers; none where it does not serve them."""
-    d_model, channels = layer.out_proj.shape
-    programs = _multiprocessors(layer.norm.device)
-    found = {most: chain_sizes(d_model, channels, programs, most) for most in CHAINED} if ranks == 1 else {}
-    return {most: constants for most, constants in found.items() if constants}
-
-
 class LayerStack:
     """Layers that follow each other on one rank, and all that their kernels need besides states."""
 
     def __init__(
         self, layers: Sequence[LayerWeights], exchange: Exchange, eps: float, *,
-        rms_eps: float | None, last_norm: Tensor | None, heads: int, sharers: int, chains: Sizes | None = None,
+        rms_eps: float | None, last_norm: Tensor | None, heads: int, sharers: int,
     ) -> None:  # fmt: skip
         """For layers that `reason_against` finds nothing against; it keeps their weights where they are now.
 
@@ -148,11 +166,7 @@ class LayerStack:
         self.name = f"layers {next(_numbers)}"
         self.layers, self._exchange, self._last_norm = list(layers), exchange, last_norm
         self.sizes = exchange.sizes
-        self.chain = None
-        if chains:
-            assert last_norm is not None
-            self.chain = Chain(layers, chains, eps, rms_eps, last_norm)
-        self.sequences = max(chains or self.sizes)
+        self.sequences = max(self.sizes)
         """That a step may have."""
         self._eps, self._rms_eps, self._heads, self._sharers = eps, rms_eps, heads, sharers
         self._anchor = first.in_proj.view(torch.int32)
@@ -186,11 +200,6 @@ class LayerStack:
         count = hidden.shape[0]
         assert hidden.is_contiguous() and conv.is_contiguous() and ssm.is_contiguous()
         assert conv.dtype == torch.bfloat16 and len(conv) == len(ssm) == len(self.layers)
-        if count > max(self.sizes):
-            assert residual is None and self.chain is not None
-            y = self.result_like(hidden)
-            self.chain.launch(hidden, slots, conv, ssm, y)
-            return y
         most = min(most for most in self.sizes if most >= count)
         y, place, ranks = self.result_like(hidden), self._exchange.places[most], self._exchange.ranks
         addresses = tuple(address + place.begin for address in ranks.addresses)

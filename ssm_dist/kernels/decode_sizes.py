@@ -33,14 +33,6 @@ FEW_IN_FLIGHT = 40_000
 FEW = (4, 8)
 """Sequences at most, by kernel."""
 
-CHAINED = (16, 32, 64)
-"""Sequences at most, by form of `decode_chain`."""
-
-INPUT_TILES = {16: 16, 32: 8, 64: 6}
-"""Of inputs in shared memory, by CHAINED."""
-
-CHAIN_PROGRAMS = 128
-
 MOST_SOURCES = 8
 """Of an output of out_proj, for a few sequences: parts of the width, over all ranks."""
 
@@ -103,26 +95,6 @@ def few_sizes(
         "P": programs, "H": d_model, "D": channels, "R": dt_rank, "N": states, "RANKS": ranks,
         "CHUNKS": chunks, "SLOTS": slots_of[chunks], "BEFORE_X": min(2, math.ceil(own_in / WARPS) - 1),
         "AHEAD": max(2, round(FEW_IN_FLIGHT / piece)), "SEQ": sequences,
-    }  # fmt: skip
-
-
-def chain_sizes(d_model: int, channels: int, multiprocessors: int, sequences: int) -> dict[str, int] | None:
-    """The constants of `gluon_layers_parts` for so many sequences; None where these kernels do not fit.
-
-    OWN: channels of a program, of 128; PARTS: of out_proj's width, so many that its programs have as many rows;
-    SLOTS and INPUT_SLOTS: tiles of the rings of weights and of inputs.
-    """
-    own, rest = divmod(channels, CHAIN_PROGRAMS)
-    if multiprocessors < CHAIN_PROGRAMS or rest or own % 8 or own > 128 or d_model % (2 * own):
-        return None
-    parts, left = divmod(CHAIN_PROGRAMS, d_model // (2 * own))
-    if left or d_model % 128 or channels % (128 * parts):
-        return None
-    inputs = INPUT_TILES[sequences]
-    room = FEW_ARENA_BYTES - 10 * 1024 - inputs * (sequences * 128 + 16)
-    return {
-        "H": d_model, "D": channels, "PARTS": parts, "OWN": own, "SLOTS": room // (2 * own * 128 + 16),
-        "INPUT_SLOTS": inputs, "SEQ": sequences,
     }  # fmt: skip
 
 

@@ -18,7 +18,6 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ssm_dist.kernels import gluon_linear_form
-from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_warp import WORD, barrier, product_of_16
 from ssm_dist.kernels.triton_push import PushMemory
@@ -269,9 +268,8 @@ def few_rows(
     to = (0, (0,), shared, 0, 0) if memory is None else (
         memory.rank, memory.peers, memory.counters, memory.slots, memory.slot_bytes
     )  # fmt: skip
-    launched = few_rows_kernel[(triton.cdiv(tokens, rows) * across * shares,)](
+    few_rows_kernel[(triton.cdiv(tokens, rows) * across * shares,)](
         x, weight, bias, y, parts, shared, x.stride(0), tokens, columns, across, *to, unit,
         K=width, SHARES=shares, EIGHTS=triton.cdiv(min(tokens, rows), 8), HAS_BIAS=bias is not None,
         WARPS=warps, RANKS=ranks, num_warps=warps, enable_fp_fusion=True, **launch_options(x.device),
     )  # fmt: skip
-    let_others_beside(launched)

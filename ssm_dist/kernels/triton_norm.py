@@ -6,7 +6,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ssm_dist.kernels import backend, tuning
-from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.operators import operator
 
@@ -15,12 +14,9 @@ from ssm_dist.kernels.operators import operator
 def _add_rms_norm_kernel(
     branch, residual, weight, appended, y, total, branch_row, residual_row, appended_row, width, more, eps,
     HAS_BRANCH: tl.constexpr, HAS_RESIDUAL: tl.constexpr, HAS_MORE: tl.constexpr, BLOCK: tl.constexpr,
-    EARLY: tl.constexpr, PDL: tl.constexpr, PARTS: tl.constexpr = 1, branch_part: tl.constexpr = 0,
+    EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row. The sum is stored only where there was something to add or to widen.
-
-    PARTS: of the branch, each `branch_part` numbers after the one before.
-    """
+    """One program: one row. The sum is stored only where there was something to add or to widen."""
     if EARLY:
         start_next(PDL)
     row = tl.program_id(0).to(tl.int64)
@@ -31,18 +27,11 @@ def _add_rms_norm_kernel(
         within = column < more
         gain_of_more = tl.load(weight + width + column, mask=within, other=0.0).to(tl.float32)
     wait_for_inputs(PDL)
-    # All loads are issued before any sum: each wait for one would be added.
-    came = ()
-    if HAS_RESIDUAL:
-        came += (tl.load(residual + row * residual_row + column, mask=inside, other=0.0),)
-    if HAS_BRANCH:
-        for part in tl.static_range(PARTS):
-            at = branch + part * branch_part + row * branch_row + column
-            came += (tl.load(at, mask=inside, other=0.0),)
     value = tl.zeros((BLOCK,), tl.float32)
-    for k in tl.static_range(len(came)):
-        value += came[k].to(tl.float32)
+    if HAS_RESIDUAL:
+        value += tl.load(residual + row * residual_row + column, mask=inside, other=0.0).to(tl.float32)
     if HAS_BRANCH:
+        value += tl.load(branch + row * branch_row + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(total + row * width + column, value, mask=inside)
     y += row * (width + more) + column
     squares = value * value
@@ -71,25 +60,6 @@ def _rms_normalize_kernel(
     scale = tl.rsqrt(tl.sum(value * value, 1) / width + eps)
     at = y + (row.to(tl.int64) * width)[:, None] + column[None, :]
     tl.store(at, (value * scale[:, None]).to(y.dtype.element_ty), mask=inside)
-
-
-def add_parts_rms_norm(
-    parts: Tensor | None, residual: Tensor, weight: Tensor, eps: float, y: Tensor, total: Tensor
-) -> None:
-    """The RMS norm of residual (T, n) and the sum of parts (P, T or more, n), float32, to y and that sum to total.
-
-    None: no parts, and no sum is stored. All contiguous; total may be the residual.
-    """
-    (rows, width), config = residual.shape, tuning.configuration("add_parts_rms_norm", len(residual), y.device)
-    with torch.cuda.device_of(y):
-        launched = _add_rms_norm_kernel[(rows,)](
-            parts, residual, weight, None, y, total, width, width, 0, width, 0, eps,
-            HAS_BRANCH=parts is not None, HAS_RESIDUAL=True, HAS_MORE=False,
-            BLOCK=triton.next_power_of_2(width), PARTS=1 if parts is None else len(parts),
-            branch_part=0 if parts is None else parts.stride(0), enable_fp_fusion=True, **config,
-            **launch_options(y.device),
-        )  # fmt: skip
-    let_others_beside(launched)
 
 
 def _launch(

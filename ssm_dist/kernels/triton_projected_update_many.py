@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.dependent_launch import launch_options, start_next, wait_for_inputs
 from ssm_dist.kernels.triton_common import LOG2_E, exp2, factor, silu, softplus
 
@@ -107,19 +106,18 @@ def serves(x: Tensor, given: Tensor, weight: Tensor) -> bool:
 
 def launch(
     x: Tensor, given: Tensor, weight: Tensor, A_log: Tensor, D: Tensor, z: Tensor, dt_bias: Tensor,
-    state: Tensor, slots: Tensor, rms_eps: float | None, config: dict[str, Any], y: Tensor | None = None,
+    state: Tensor, slots: Tensor, rms_eps: float | None, config: dict[str, Any],
 ) -> Tensor:  # fmt: skip
-    """`ssm_dist.kernels.projected_state_update`, in blocks of SEQUENCES and BLOCK_D of `config`; into y, if given."""
+    """`ssm_dist.kernels.projected_state_update`, in blocks of SEQUENCES and BLOCK_D of `config`."""
     (sequences, channels), (_, groups, _), rank = x.shape, given.shape, weight.shape[1]
-    y, block = x.new_empty(x.shape) if y is None else y, max(16, triton.next_power_of_2(rank))
+    y, block = x.new_empty(x.shape), max(16, triton.next_power_of_2(rank))
     programs = triton.cdiv(sequences, config["SEQUENCES"]) * triton.cdiv(channels, config["BLOCK_D"])
     with torch.cuda.device_of(x):
-        launched = _projected_updates_kernel[(programs,)](
+        _projected_updates_kernel[(programs,)](
             x, given, weight, A_log, D, z, dt_bias, state, slots, y,
             x.stride(0), z.stride(0), given.stride(0), given.stride(1), state.stride(0), sequences, channels,
             channels // groups, rms_eps or 0.0,
             RANK=rank, N=A_log.shape[1], RMS=rms_eps is not None, BLOCK_R=block,
             enable_fp_fusion=True, **config, **launch_options(x.device),
         )  # fmt: skip
-    let_others_beside(launched)
     return y

@@ -92,11 +92,6 @@ TABLE: dict[str, dict[int, Rows]] = {
         ],
         80: [(8, {"BLOCK": 1024, "num_warps": 4}), (ANY, {"BLOCK": 4096, "num_warps": 4})],
     },
-    # size: rows
-    "add_parts_rms_norm": {
-        90: [(ANY, {"num_warps": 16, "EARLY": 1})],
-        80: [(ANY, {"num_warps": 8, "EARLY": 0})],
-    },
     # size: bytes of an element (what a tile of 64 queries of 512 takes in shared memory follows from it)
     "paged_attention": {
         90: [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ssm_dist import kernels
-from ssm_dist.kernels.decode_weights import LayerWeights
+from ssm_dist.kernels.decode_layers import LayerWeights
 from ssm_dist.kernels.linear import linear_by_head
 from ssm_dist.models.batch import MixerState, RaggedBatch
 from ssm_dist.models.layers import Linear, PackedLinear

@@ -42,7 +42,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "attention_heads": 4, "attention_head_dim": 64, "d_mlp": 256,
     },
 }  # fmt: skip
-SLOTS = 66
+SLOTS = 10
 PAGES = 1000 // PAGE_TOKENS + 1
 """Of a slot: for as many steps as there are at most."""
 LENGTHS = [60, 20, 45, 7, 33, 12, 50]

@@ -48,17 +48,11 @@ def test_one_gpu(name: str) -> None:
 def test_states_of_sixteen_bits() -> None:
     check(found("mamba", 100, torch.bfloat16))
     check(found("mamba", 100, torch.bfloat16, 8))
-    check(found("mamba", 128, torch.bfloat16, 64))
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_one_to_eight_sequences_on_one_gpu(name: str) -> None:
     check(found(name, 1000 if name == "mamba" else 100, most=8))
-
-
-@pytest.mark.parametrize("name", [name for name in FEW if "small" not in name])
-def test_up_to_64_sequences_on_one_gpu(name: str) -> None:
-    check(found(name, 192 if name == "mamba" else 128, most=64))
 
 
 @pytest.mark.parametrize(

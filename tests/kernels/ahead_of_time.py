@@ -28,7 +28,6 @@ from ssm_dist.kernels import (
     gluon_attention,
     gluon_layers,
     gluon_layers_few,
-    gluon_layers_parts,
     gluon_linear,
     gluon_scan,
     triton_activation,
@@ -116,18 +115,6 @@ def few_layers(
         **constants, "RMS": rms, "anchor": "*i32", "table": "*i64", "hidden": "*bf16", "conv": "*bf16",
         "ssm": "*fp32", **dict.fromkeys(("words", "shared", "error", "limit"), "i64"),
         "peers": ("i64",) * ranks, "eps": "fp32", "rms_eps": "fp32", "num_warps": 8,
-    }  # fmt: skip
-
-
-def chained(d_model: int, channels: int, sequences: int, out: bool = False) -> dict[str, Any]:
-    """Of `gluon_layers_parts`: of `in_kernel`, or out of `out_kernel`."""
-    constants = decode_sizes.chain_sizes(d_model, channels, 132, sequences)
-    assert constants is not None
-    if not out:
-        del constants["PARTS"]
-    return {
-        **constants, "AHEAD": constants["SLOTS"], "taps": "*bf16", "conv": "*bf16", "u": "*bf16",
-        "weight_map": "i64", "input_map": "i64", "PDL": True, "num_warps": 8,
     }  # fmt: skip
 
 
@@ -237,19 +224,6 @@ KERNELS: dict[str, Case] = {
             "mamba-2.8b at degree 4": few_layers(2560, 1280, 160, 8, 4),
             "falcon-mamba-7b": few_layers(4096, 8192, 256, 8, rms=True),
             "falcon-mamba-7b at degree 4": few_layers(4096, 2048, 256, 8, 4, rms=True),
-        }.items()
-    },
-    **{
-        f"in_proj and convolution, {name}": Case(gluon_layers_parts.in_kernel, given, "", (90,))
-        for name, given in {
-            "64 sequences": chained(2560, 5120, 64), "16 sequences": chained(2560, 5120, 16),
-            "falcon-mamba-7b": chained(4096, 8192, 64),
-        }.items()
-    },
-    **{
-        f"out_proj in parts, {name}": Case(gluon_layers_parts.out_kernel, given, "", (90,))
-        for name, given in {
-            "64 sequences": chained(2560, 5120, 64, out=True), "falcon-mamba-7b": chained(4096, 8192, 64, out=True),
         }.items()
     },
     "gluon": Case(gluon_scan.scan_kernel, GLUON, "", (90,)),
