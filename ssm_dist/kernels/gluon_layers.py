@@ -43,18 +43,8 @@ from ssm_dist.kernels.gluon_layers_steps import (
     store_rounds,
     widened,
 )
-from ssm_dist.kernels.gluon_ring import (
-    WARPS,
-    address_of,
-    clear,
-    inputs,
-    load1,
-    load2,
-    multiply,
-    open_barriers,
-    row_bytes,
-    total,
-)
+from ssm_dist.kernels.gluon_ring import WARPS, inputs, multiply, open_barriers, row_bytes, total
+from ssm_dist.kernels.gluon_shared import address_of, clear, load1, load2
 from ssm_dist.kernels.gluon_warp import LOG2_E, WORD, barrier, silu, softplus
 from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, poll, publish, rounded
 

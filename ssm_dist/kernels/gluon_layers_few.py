@@ -46,20 +46,8 @@ from ssm_dist.kernels.gluon_layers_steps import (
     load_window,
     sums_of_round,
 )
-from ssm_dist.kernels.gluon_ring import (
-    WARPS,
-    address_of,
-    inputs_of,
-    load1,
-    load_half,
-    multiply_few,
-    open_barriers,
-    row_bytes,
-    store1,
-    store2,
-    store_half,
-    total,
-)
+from ssm_dist.kernels.gluon_ring import WARPS, inputs_of, multiply_few, open_barriers, row_bytes, total
+from ssm_dist.kernels.gluon_shared import address_of, load1, load_half, store1, store2, store_half
 from ssm_dist.kernels.gluon_warp import LOG2_E, barrier, pack, silu, softplus
 from ssm_dist.kernels.gluon_words import (
     LINE,

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels.gluon_layers_few_steps import over_warp
 from ssm_dist.kernels.gluon_layers_steps import ROUND
-from ssm_dist.kernels.gluon_ring import load_word, store1, store2
+from ssm_dist.kernels.gluon_shared import load_word, store1, store2
 from ssm_dist.kernels.gluon_warp import barrier
 from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, poll, poll_wide, publish, rounded
 

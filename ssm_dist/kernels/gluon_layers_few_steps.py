@@ -4,7 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ssm_dist.kernels import gluon_layers_form as form
-from ssm_dist.kernels.gluon_ring import WARPS, load1, load4, load_half, store1, store_pair
+from ssm_dist.kernels.gluon_ring import WARPS
+from ssm_dist.kernels.gluon_shared import load1, load4, load_half, store1, store_pair
 from ssm_dist.kernels.gluon_warp import product_of_16, silu
 from ssm_dist.kernels.gluon_words import LINE, THREADS, high, low, rounded
 
