@@ -183,8 +183,11 @@ class Engine:
 
 
 def _compiled(step: Callable[[Tensor], Sampled]) -> Callable[[Tensor], Sampled]:
-    """The step as one graph a kind of work, however many kinds; torch would stop, with an error, at eight."""
-    compiled = torch.compile(step, fullgraph=True, dynamic=True)
+    """The step as one graph a kind of work, however many kinds; torch would stop, with an error, at eight.
+
+    Nothing is chosen by timing that changes the order of sums: ranks that choose apart would differ in bits.
+    """
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, options={"deterministic": True})
 
     def run(slots: Tensor) -> Sampled:
         with torch._dynamo.config.patch(recompile_limit=COMPILED_STEPS):  # by thread, so here
