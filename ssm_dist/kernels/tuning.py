@@ -83,12 +83,11 @@ TABLE: dict[str, dict[int, Rows]] = {
         ],
         80: [(216, {"num_warps": 8, "EARLY": 0}), (ANY, {"num_warps": 4, "EARLY": 0})],
     },
-    # size: rows. Reasoned, not swept: for a few, each thread has one load, for many, programs are few waves
+    # size: rows
     "largest": {
         90: [
             (8, {"BLOCK": 1024, "num_warps": 4}),
-            (64, {"BLOCK": 4096, "num_warps": 4}),
-            (ANY, {"BLOCK": 8192, "num_warps": 8}),
+            (ANY, {"BLOCK": 4096, "num_warps": 4}),
         ],
         80: [(8, {"BLOCK": 1024, "num_warps": 4}), (ANY, {"BLOCK": 4096, "num_warps": 4})],
     },
