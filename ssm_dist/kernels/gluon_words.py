@@ -21,41 +21,60 @@ LEAVE_CODE = gl.constexpr(FAIL.format(error="errors", code="blame"))
 
 
 @gluon.constexpr_function
+def _differing(words, tag):
+    """Assembly: `word` has the bits in which words differ from the tag; at least one word."""
+    lines = [f"xor.b32 word, {words[0]}, {tag};"]
+    return lines + [f"lop3.b32 word, {w}, {tag}, word, 0xBE;" for w in words[1:]]  # word | (w ^ tag)
+
+
+@gluon.constexpr_function
+def _until_tagged(operands, registers, setup, loads, words, sources, bits, results):
+    """Assembly that repeats `loads` until all words have the tag in some bits, or gives up.
+
+    operands: of the tag, the address of the error words, the limit in nanoseconds and the code. setup: lines
+    before the loop, which may go to `over` for threads that do not poll; results: lines after it. sources: a
+    number and words, by source, where the code names the first that has sent nothing.
+    """
+    tag, error, limit, code = operands
+    lines = [
+        "{", ".reg .pred again; .reg .b32 polls, word, blame;", ".reg .b64 begun, now, errors, most;",
+        *registers, f"mov.b64 errors, {error};", f"mov.b64 most, {limit};", f"mov.b32 blame, {code};",
+        "mov.b32 polls, 0;", "mov.b64 begun, 0;", *setup, "poll:", *loads, *_differing(words, tag),
+        f"and.b32 word, word, {bits};", "setp.eq.s32 again, word, 0;", "@again bra over;", GIVE_UP.value,
+    ]  # fmt: skip
+    for source, of_source in reversed(sources):
+        lines += [*_differing(of_source, tag), f"and.b32 word, word, {bits};",
+                  "setp.ne.s32 again, word, 0;", f"@again add.s32 blame, {code}, {source};"]  # fmt: skip
+    return "\n".join([*lines, LEAVE_CODE.value, "over:", *results, "}"])
+
+
+@gluon.constexpr_function
 def _polling(rounds, ranks, scope):
     """Assembly for `poll`.
 
     $0 on: the results; then the address of the thread's first four words, the distance of the ranks', whether
     the last round has words for this thread, the tag, the address of the error words, the limit and the code.
     """
-    loads = [(r, k, 4 * (r * rounds + k)) for r in range(ranks) for k in range(rounds)]
-    count = 4 * len(loads)
-    base, distance, whole, tag, error, limit, code = (f"${count // 2 + i}" for i in range(7))
-    lines = [
-        "{", ".reg .pred again, all; .reg .b32 polls, word, blame;",
-        f".reg .b32 w<{count}>; .reg .b64 begun, now, errors, most, from<{ranks}>;",
-        f"mov.b64 errors, {error};", f"mov.b64 most, {limit};", f"mov.b32 blame, {code};",
-        "mov.b32 polls, 0;", "mov.b64 begun, 0;", f"setp.ne.s32 all, {whole}, 0;",
-        f"mov.b64 from0, {base};", *(f"add.s64 from{r}, from{r - 1}, {distance};" for r in range(1, ranks)),
-        *(f"mov.b32 w{i}, {tag};" for i in range(count)),
-        "poll:",
-    ]  # fmt: skip
-    for r, k, i in loads:
+    places = [(r, k, 4 * (r * rounds + k)) for r in range(ranks) for k in range(rounds)]
+    count = 4 * len(places)
+    base, distance, whole, *operands = (f"${count // 2 + i}" for i in range(7))
+    loads = []
+    for r, k, i in places:
         guard = "@all " if k == rounds - 1 else ""
         four = ", ".join(f"w{i + j}" for j in range(4))
-        lines.append(
+        loads.append(
             f"{guard}ld.relaxed.{scope}.global.v4.b32 {{{four}}}, [from{r}+{16 * THREADS.value * k}];"
         )
-    lines += [f"xor.b32 word, w0, {tag};"]
-    lines += [f"lop3.b32 word, w{i}, {tag}, word, 0xBE;" for i in range(1, count)]  # word | (w ^ tag)
-    lines += ["and.b32 word, word, 0xffff;", "setp.eq.s32 again, word, 0;", "@again bra over;", GIVE_UP.value]
-    for r, _, i in reversed(loads):
-        lines += [f"xor.b32 word, w{i}, {tag};"]
-        lines += [f"lop3.b32 word, w{i + j}, {tag}, word, 0xBE;" for j in range(1, 4)]
-        lines += ["and.b32 word, word, 0xffff;", "setp.ne.s32 again, word, 0;",
-                  f"@again add.s32 blame, {code}, {r};"]  # fmt: skip
-    lines += [LEAVE_CODE.value, "over:"]
-    lines += [f"prmt.b32 ${j}, w{2 * j}, w{2 * j + 1}, 0x7632;" for j in range(count // 2)]
-    return "\n".join([*lines, "}"])
+    return _until_tagged(
+        operands,
+        [f".reg .pred all; .reg .b32 w<{count}>; .reg .b64 from<{ranks}>;"],
+        [f"setp.ne.s32 all, {whole}, 0;", f"mov.b64 from0, {base};",
+         *(f"add.s64 from{r}, from{r - 1}, {distance};" for r in range(1, ranks)),
+         *(f"mov.b32 w{i}, {operands[0]};" for i in range(count))],
+        loads, [f"w{i}" for i in range(count)],
+        [(r, [f"w{i + j}" for j in range(4)]) for r, _, i in places], "0xffff",
+        [f"prmt.b32 ${j}, w{2 * j}, w{2 * j + 1}, 0x7632;" for j in range(count // 2)],
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
@@ -98,27 +117,26 @@ def poll(
     )  # fmt: skip
 
 
+TAG_BITS = gl.constexpr("0x7fffffff")
+"""Of a wide word's tag, all but one: ptxas crashes (-11) where the loop ends with equal words."""
+
+
 @gluon.constexpr_function
 def _polling_wide(rounds):
-    """Assembly for `poll_wide`: 16 bytes, two words, a thread and round."""
+    """Assembly for `poll_wide`: 16 bytes, two words, a thread and round.
+
+    $0 on: the results; then the address of the thread's first two words and of its last, the tag, the address
+    of the error words, the limit and the code.
+    """
     count = 2 * rounds
-    base, last, tag, error, limit, code = (f"${count + i}" for i in range(6))
-    lines = [
-        "{", ".reg .pred again; .reg .b32 polls, word, blame;",
-        f".reg .b32 t<{count}>; .reg .b64 begun, now, errors, most;",
-        f"mov.b64 errors, {error};", f"mov.b64 most, {limit};", f"mov.b32 blame, {code};",
-        "mov.b32 polls, 0;", "mov.b64 begun, 0;", "poll:",
-    ]  # fmt: skip
+    base, last, *operands = (f"${count + i}" for i in range(6))
+    loads = []
     for k in range(rounds):
         four = f"${2 * k}, t{2 * k}, ${2 * k + 1}, t{2 * k + 1}"
         at = last if k == rounds - 1 else f"{base}+{16 * THREADS.value * k}"
-        lines.append(f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [{at}];")
-    lines += [f"xor.b32 word, t0, {tag};"]
-    lines += [f"lop3.b32 word, t{i}, {tag}, word, 0xBE;" for i in range(1, count)]
-    # of the tag all bits but one: ptxas crashes (-11) where the loop ends with equal words
-    lines += ["and.b32 word, word, 0x7fffffff;", "setp.eq.s32 again, word, 0;", "@again bra over;",
-              GIVE_UP.value, LEAVE_CODE.value, "over:", "}"]  # fmt: skip
-    return "\n".join(lines)
+        loads.append(f"ld.relaxed.gpu.global.v4.b32 {{{four}}}, [{at}];")
+    words = [f"t{i}" for i in range(count)]
+    return _until_tagged(operands, [f".reg .b32 t<{count}>;"], [], loads, words, [], TAG_BITS.value, [])
 
 
 @gluon.constexpr_function
@@ -185,25 +203,17 @@ def _polling_sources(ranks, parts, scope):
     this thread polls, the tag, the address of the error words, the limit and the code.
     """
     count = ranks * parts
-    base, distance, wanted, tag, error, limit, code = (f"${count + i}" for i in range(7))
-    lines = [
-        "{", ".reg .pred again; .reg .b32 polls, word, blame;",
-        f".reg .b32 v<{count}>, t<{count}>; .reg .b64 begun, now, errors, most, from<{count}>;",
-        f"mov.b64 errors, {error};", f"mov.b64 most, {limit};", f"mov.b32 blame, {code};",
-        "mov.b32 polls, 0;", "mov.b64 begun, 0;", *(f"mov.b32 v{i}, 0;" for i in range(count)),
-        f"setp.eq.s32 again, {wanted}, 0;", "@again bra over;",
-        f"mov.b64 from0, {base};",
-        *(f"add.s64 from{i}, from{i - 1}, {distance};" for i in range(1, count)),
-        "poll:", *(f"ld.relaxed.{scope}.global.v2.b32 {{v{i}, t{i}}}, [from{i}];" for i in range(count)),
-        f"xor.b32 word, t0, {tag};",
-        *(f"lop3.b32 word, t{i}, {tag}, word, 0xBE;" for i in range(1, count)),
-        "and.b32 word, word, 0x7fffffff;", "setp.eq.s32 again, word, 0;", "@again bra over;", GIVE_UP.value,
-    ]  # fmt: skip
-    for i in reversed(range(count)):
-        lines += [f"xor.b32 word, t{i}, {tag};", "and.b32 word, word, 0x7fffffff;",
-                  "setp.ne.s32 again, word, 0;", f"@again add.s32 blame, {code}, {i // parts};"]  # fmt: skip
-    lines += [LEAVE_CODE.value, "over:", *(f"mov.b32 ${i}, v{i};" for i in range(count))]
-    return "\n".join([*lines, "}"])
+    base, distance, wanted, *operands = (f"${count + i}" for i in range(7))
+    return _until_tagged(
+        operands,
+        [f".reg .b32 v<{count}>, t<{count}>; .reg .b64 from<{count}>;"],
+        [*(f"mov.b32 v{i}, 0;" for i in range(count)),
+         f"setp.eq.s32 again, {wanted}, 0;", "@again bra over;", f"mov.b64 from0, {base};",
+         *(f"add.s64 from{i}, from{i - 1}, {distance};" for i in range(1, count))],
+        [f"ld.relaxed.{scope}.global.v2.b32 {{v{i}, t{i}}}, [from{i}];" for i in range(count)],
+        [f"t{i}" for i in range(count)], [(i // parts, [f"t{i}"]) for i in range(count)], TAG_BITS.value,
+        [f"mov.b32 ${i}, v{i};" for i in range(count)],
+    )  # fmt: skip
 
 
 @gluon.constexpr_function
