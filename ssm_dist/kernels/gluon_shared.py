@@ -23,25 +23,18 @@ def address_of(arena):
     start = gl.inline_asm_elementwise(
         "mov.u32 $0, global_smem;", "=r,r", [thread], gl.int32, is_pure=False, pack=1
     )
-    result = gl.max(_marked(start + thread * 16), 0)
-    if result == 0:  # not at the beginning, where the compiler puts what is largest
-        found = gl.zeros_like(thread)
-        for k in range(1, 227 * 1024 // 16 // THREADS + 1):
-            found = gl.maximum(found, _marked(start + (k * THREADS + thread) * 16))
-        result = gl.max(found, 0)
+    found = gl.zeros_like(thread)
+    for k in range(227 * 1024 // 16 // THREADS + 1):
+        at = start + (k * THREADS + thread) * 16
+        first, second = gl.inline_asm_elementwise(
+            "{ .reg .pred p; .reg .u32 end; mov.u32 end, %total_smem_size; mov.b32 $0, 0; mov.b32 $1, 0; "
+            "add.u32 end, end, -16; setp.le.u32 p, $2, end; @p ld.shared.v2.b32 {$0, $1}, [$2]; }",
+            "=&r,=&r,r", [at], (gl.int32, gl.int32), is_pure=False, pack=1,
+        )  # fmt: skip
+        found = gl.where((first == MARK) & (second == MARK + 1), at, found)
+    result = gl.max(found, 0)
     barrier()
     return result
-
-
-@gluon.jit
-def _marked(at):
-    """Addresses in shared memory where the mark is, else 0."""
-    first, second = gl.inline_asm_elementwise(
-        "{ .reg .pred p; .reg .u32 end; mov.u32 end, %total_smem_size; mov.b32 $0, 0; mov.b32 $1, 0; "
-        "add.u32 end, end, -16; setp.le.u32 p, $2, end; @p ld.shared.v2.b32 {$0, $1}, [$2]; }",
-        "=&r,=&r,r", [at], (gl.int32, gl.int32), is_pure=False, pack=1,
-    )  # fmt: skip
-    return gl.where((first == MARK) & (second == MARK + 1), at, 0)
 
 
 @gluon.jit
