@@ -13,6 +13,16 @@ BLOCK = 128
 """Sequences of a program."""
 
 
+@triton.jit
+def _sequences_of_program(slots, sequences, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    """BLOCK sequences, which of them there are, and their slots, when inputs can be read."""
+    start_next(PDL)
+    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    real = s < sequences
+    wait_for_inputs(PDL)
+    return s, real, tl.load(slots + s, mask=real, other=0)
+
+
 @triton.jit(
     do_not_specialize=["sequences"],
     do_not_specialize_on_alignment=["last_token", "last_place", "slots"],
@@ -22,11 +32,7 @@ def _load_kernel(
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK sequences."""
-    start_next(PDL)
-    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    real = s < sequences
-    wait_for_inputs(PDL)
-    slot = tl.load(slots + s, mask=real, other=0)
+    s, real, slot = _sequences_of_program(slots, sequences, BLOCK, PDL)
     place = tl.load(last_place + slot, mask=real, other=0)
     tl.store(tokens + s, tl.load(last_token + slot, mask=real, other=0), mask=real)
     tl.store(places + s, place, mask=real)
@@ -42,11 +48,7 @@ def _store_kernel(
     last_token, last_place, slots, tokens, places, sequences, nobody, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
     """One program: BLOCK sequences."""
-    start_next(PDL)
-    s = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    real = s < sequences
-    wait_for_inputs(PDL)
-    slot = tl.load(slots + s, mask=real, other=0)
+    s, real, slot = _sequences_of_program(slots, sequences, BLOCK, PDL)
     place = tl.load(places + s, mask=real, other=0)
     tl.store(last_token + slot, tl.load(tokens + s, mask=real, other=0), mask=real)
     tl.store(last_place + slot, tl.where(slot == nobody, 0, place), mask=real)

@@ -85,10 +85,7 @@ TABLE: dict[str, dict[int, Rows]] = {
     },
     # size: rows
     "largest": {
-        90: [
-            (8, {"BLOCK": 1024, "num_warps": 4}),
-            (ANY, {"BLOCK": 4096, "num_warps": 4}),
-        ],
+        90: [(8, {"BLOCK": 1024, "num_warps": 4}), (ANY, {"BLOCK": 4096, "num_warps": 4})],
         80: [(8, {"BLOCK": 1024, "num_warps": 4}), (ANY, {"BLOCK": 4096, "num_warps": 4})],
     },
     # size: bytes of an element (what a tile of 64 queries of 512 takes in shared memory follows from it)
