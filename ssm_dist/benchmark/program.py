@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import gc
 import itertools
@@ -20,6 +21,7 @@ import torch.distributed as dist
 
 from ssm_dist.benchmark.breakdown import break_down, write_trace
 from ssm_dist.benchmark.cases import Case, cases_of
+from ssm_dist.benchmark.clocks import ClockWatch, clock_watch
 from ssm_dist.benchmark.floors import Ceilings, ceilings_of, state_bytes
 from ssm_dist.benchmark.timing import time_case
 from ssm_dist.build import device_type
@@ -64,7 +66,9 @@ def run_benchmark(config: Config, save: Callable[[Document], None] = lambda docu
             document["cases"] += [{**named(variant), **asdict(case), "error": str(error)} for case in cases]
             continue
         told = named(variant) | engine_of(llm) | {"load_seconds": seconds}
-        _measure(llm, cases, told, rates, document, save)
+        watched = clock_watch(ranks.device) if ranks.rank == 0 else None  # whose document is kept
+        with watched or contextlib.nullcontext() as watch:
+            _measure(llm, cases, told, rates, watch, document, save)
         if grid.profile is not None and variant is variants[0]:
             write_trace(llm, cases[0], grid.profile, barrier)
         del llm
@@ -72,14 +76,14 @@ def run_benchmark(config: Config, save: Callable[[Document], None] = lambda docu
 
 
 def _measure(
-    llm: LLM, cases: list[Case], told: dict[str, Any], rates: Ceilings | None, document: Document,
-    save: Callable[[Document], None],
+    llm: LLM, cases: list[Case], told: dict[str, Any], rates: Ceilings | None, watch: ClockWatch | None,
+    document: Document, save: Callable[[Document], None],
 ) -> None:  # fmt: skip
     """Time all cases, then break each down, which slows down what follows; rows go into the document."""
     grid, rows = llm.config.benchmark, []
     for case in cases:
         begin = time.perf_counter()
-        measures = time_case(llm, case, grid.repeats, grid.warmup, rates, barrier)
+        measures = time_case(llm, case, grid.repeats, grid.warmup, rates, barrier, watch)
         rows.append({**told, **asdict(case), **measures})
         logger.info("%s %s, %.1f s: %s", told["model"], case, time.perf_counter() - begin, _brief(measures))
         document["cases"].append(rows[-1])

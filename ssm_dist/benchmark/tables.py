@@ -106,6 +106,16 @@ def _times(measure: str) -> dict[str, Callable[[Row], Any]]:
     return {"× 1 GPU": get("times", measure, "one"), "× best peer": get("times", measure, "peer")}
 
 
+def _clock(step: str) -> dict[str, Callable[[Row], Any]]:
+    """Of a GPU meanwhile; the share of readings in which its power allowed no more is in percent."""
+    capped = get(step, "capped")
+    return {
+        "MHz": get(step, "mhz"),
+        "W": get(step, "watts"),
+        "power-capped %": lambda row: None if capped(row) is None else round(100 * capped(row)),
+    }
+
+
 def _gap(breakdown: str, time: Callable[[Row], Any], milliseconds: float) -> Callable[[Row], Any]:
     """What a step takes beyond its kernels, in milliseconds; `milliseconds` are in a unit of `time`."""
 
@@ -131,6 +141,7 @@ DECODE: dict[str, Callable[[Row], Any]] = _WHO | {
     "kernels ms": get("decode_breakdown", "busy_ms"),
     "gap ms": _gap("decode_breakdown", get("decode_ms_a_step"), 1.0),
     "reductions ms": get("decode_breakdown", "reduction_ms"),
+    **_clock("decode_clock"),
     "compile": get("compile"),
 }
 
@@ -145,6 +156,7 @@ PREFILL: dict[str, Callable[[Row], Any]] = _WHO | {
     "kernels ms": get("prefill_breakdown", "busy_ms"),
     "gap ms": _gap("prefill_breakdown", get("prefill_seconds", "median"), 1e3),
     "reductions ms": get("prefill_breakdown", "reduction_ms"),
+    **_clock("prefill_clock"),
 }
 
 REQUESTS: dict[str, Callable[[Row], Any]] = _WHO | {

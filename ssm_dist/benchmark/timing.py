@@ -8,6 +8,7 @@ A case runs twice a repeat: for one token a prompt, which is prefill alone, and 
                          when the first one ends: steps that all B sequences take part in
     time to first token  of each prompt, from the arrival of all; behind a full engine it waits for others
     time a token after   of each prompt, from its first token to its last; others' prompts may come between
+    clock, watts         over the runs that prefill is timed by, and over those decode steps (`clocks`)
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 
 from ssm_dist.benchmark.cases import Case
+from ssm_dist.benchmark.clocks import ClockWatch, Span
 from ssm_dist.benchmark.floors import (
     Ceilings,
     decode_bytes,
@@ -46,14 +48,31 @@ class Sample:
     """To the end of the last one, with all work on the device done."""
     tokens: list[list[float]]
     """When each token came, by prompt."""
+    arrival: float = 0.0
+    """When the prompts came, by `time.perf_counter`."""
 
     @property
     def decode_step(self) -> float | None:
         """Seconds a step that all sequences take part in; None when there is none."""
-        begin = max(times[0] for times in self.tokens)
+        begin, end = self._decoding
         first_to_end = min(self.tokens, key=lambda times: times[-1])
         steps = sum(moment > begin for moment in first_to_end)
-        return (first_to_end[-1] - begin) / steps if steps else None
+        return (end - begin) / steps if steps else None
+
+    @property
+    def whole(self) -> Span:
+        """The run."""
+        return self.arrival, self.arrival + self.seconds
+
+    @property
+    def decoding(self) -> Span:
+        """The steps that all sequences take part in; of no length when there is none."""
+        begin, end = self._decoding
+        return self.arrival + begin, self.arrival + max(begin, end)
+
+    @property
+    def _decoding(self) -> tuple[float, float]:
+        return max(times[0] for times in self.tokens), min(times[-1] for times in self.tokens)
 
 
 def run_case(llm: LLM, case: Case, new_tokens: int, barrier: Callable[[], None]) -> Sample:
@@ -65,13 +84,17 @@ def run_case(llm: LLM, case: Case, new_tokens: int, barrier: Callable[[], None])
     begin = _now(llm.loaded.device)
     for event in llm.stream(prompts, params):
         tokens[event.index].append(time.perf_counter() - begin)
-    return Sample(_now(llm.loaded.device) - begin, tokens)
+    return Sample(_now(llm.loaded.device) - begin, tokens, begin)
 
 
 def time_case(
-    llm: LLM, case: Case, repeats: int, warmup: int, rates: Ceilings | None, barrier: Callable[[], None]
-) -> dict[str, Any]:
-    """Measure a case, or say in "error" why this engine cannot hold it. Ranks call it alike."""
+    llm: LLM, case: Case, repeats: int, warmup: int, rates: Ceilings | None, barrier: Callable[[], None],
+    watch: ClockWatch | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure a case, or say in "error" why this engine cannot hold it. Ranks call it alike.
+
+    watch: of this rank's GPU, running.
+    """
     gpu = llm.loaded.device.type == "cuda"
     if gpu:
         torch.cuda.reset_peak_memory_stats(llm.loaded.device)
@@ -88,6 +111,10 @@ def time_case(
     measures = _prefill(llm, case, samples[:: len(lengths)], rates)
     if case.new_tokens > 1:
         measures |= _decode(llm, case, samples[1::2], rates)
+    if watch is not None:
+        measures["prefill_clock"] = watch.over(sample.whole for sample in samples[:: len(lengths)])
+        if case.new_tokens > 1:
+            measures["decode_clock"] = watch.over(sample.decoding for sample in samples[1::2])
     peak = torch.cuda.max_memory_allocated(llm.loaded.device) if gpu else None
     return measures | {"peak_memory_bytes": peak}
 
