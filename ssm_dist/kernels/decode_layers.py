@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssm_dist.kernels import tuning
 from ssm_dist.kernels.decode_sizes import (
     FEW,
     Sizes,
@@ -98,7 +99,7 @@ def reason_against(layer: LayerWeights, heads: int, device: torch.device) -> str
         return "its sizes are no multiples of 32, or dt_rank none of 8 up to 256"
     if d_model < SMALLEST:
         return f"with d_model below {SMALLEST} it has not been tried"
-    programs = programs_of(d_model, _multiprocessors(device))
+    programs = programs_of(d_model, tuning.multiprocessors(device))
     own = -(-channels // programs)
     if max(own, -(-d_model // programs)) > CHANNELS:
         return "there are too many channels, or columns, for this GPU"
@@ -115,7 +116,7 @@ def sizes_of(layer: LayerWeights, ranks: int, *, few: bool) -> Sizes:
     These take layers that are a whole model, with x_proj's outputs for all channels, where they fit.
     """
     d_model, channels = layer.out_proj.shape
-    programs = programs_of(d_model, _multiprocessors(layer.norm.device))
+    programs = programs_of(d_model, tuning.multiprocessors(layer.norm.device))
     given = d_model, channels, layer.dt_proj.shape[1], layer.A_log.shape[1], programs, ranks
     found = {most: few_sizes(*given, most) for most in FEW} if few else {}
     return {1: kernel_sizes(*given), **{most: constants for most, constants in found.items() if constants}}
@@ -240,10 +241,6 @@ def _kernels(name: str, device: torch.device) -> ModuleType | None:
     from ssm_dist.kernels.gluon_support import gluon_module  # a CPU needs no Triton
 
     return gluon_module(name, device)
-
-
-def _multiprocessors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _alone(words: int, device: torch.device) -> RankWords:

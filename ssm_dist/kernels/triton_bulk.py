@@ -32,6 +32,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ssm_dist.kernels import tuning
 from ssm_dist.kernels.carveout import let_others_beside
 from ssm_dist.kernels.codecs import RowLayout, row_layout
 from ssm_dist.kernels.triton_bulk_kernel import bulk_kernel
@@ -176,7 +177,7 @@ def _launch(
     assert residual is None or whole or residual.shape[0] == stripe
     parts_at = _flag_bytes(memory.ranks)
     form = BESIDE if programs is not None else WORDY if codec == "fp8" else ALONE
-    most = min(PROGRAMS, form.programs * _multiprocessors(x.device))
+    most = min(PROGRAMS, form.programs * tuning.multiprocessors(x.device))
     grid = min(most if programs is None else min(programs, most), triton.cdiv(stripe, ROWS))
     with torch.cuda.device_of(x):
         launched = bulk_kernel[(grid,)](
@@ -201,10 +202,3 @@ def aheads(form: Form, width: int, ranks: int) -> dict[str, int]:
         "COLLECT_AHEAD": form.collect,
     }  # fmt: skip
     return {name: triton.cdiv(chunks, triton.cdiv(chunks, max(1, n))) for name, n in most.items()}
-
-
-def _multiprocessors(device: torch.device) -> int:
-    """Of the device; the interpreter's programs take turns."""
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -41,6 +41,7 @@ from ssm_dist.kernels.triton_push_product import (
     pushes_product,
 )
 from ssm_dist.kernels.triton_remote import error_words
+from ssm_dist.kernels.tuning import multiprocessors
 from ssm_dist.parallel.collectives.groups import Group, group_named
 
 LARGEST_REGION = 384 * 2**20
@@ -146,7 +147,7 @@ class SharedMemory:
         if not leaves_room:
             return None
         device = self.bulk.epochs.device
-        return BESIDE_A_SCAN[codec != "none"] * torch.cuda.get_device_properties(device).multi_processor_count
+        return BESIDE_A_SCAN[codec != "none"] * multiprocessors(device)
 
 
 def open_shared_memory(name: str, row_bytes: int, message_bytes: int, device: torch.device) -> bool:
