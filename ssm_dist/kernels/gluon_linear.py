@@ -21,21 +21,13 @@ from ssm_dist.kernels import gluon_linear_form
 from ssm_dist.kernels.dependent_launch import launch_options
 from ssm_dist.kernels.gluon_warp import WORD, barrier, product_of_16
 from ssm_dist.kernels.triton_push import PushMemory
-from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD
+from ssm_dist.kernels.triton_remote import EMPTY, NAN_WORD, THREAD, pushing
 from ssm_dist.kernels.triton_shares import counters
 from ssm_dist.kernels.tuning import Configuration
 
-PUSH_PAIRS = gl.constexpr("""
-{
-    .reg .pred  wanted;
-    .reg .u32   thread;
-    mov.u32     thread, %tid.x;
-    setp.ne.s32 wanted, $3, 0;
-    setp.lt.and.u32 wanted, thread, 64, wanted;
-    @wanted st.relaxed.sys.global.b32 [$1], $2;
-    mov.b32     $0, 0;
-}
-""")
+PUSH_PAIRS = gl.constexpr(
+    pushing("$2", f"{THREAD} setp.ne.s32 wanted, $3, 0; setp.lt.and.u32 wanted, thread, 64, wanted;")
+)
 """As `push_words`, by the first 64 threads. Copies that other threads hold must not be sent: they might come
 when the word has been taken."""
 STEP = gl.constexpr(gluon_linear_form.STEP)

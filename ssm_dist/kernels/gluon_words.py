@@ -10,6 +10,7 @@ eight bytes, for sums of which somebody adds up the parts.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from ssm_dist.kernels import triton_remote
 from ssm_dist.kernels.gluon_warp import unpack
 from ssm_dist.kernels.triton_remote import FAIL, PATIENCE
 
@@ -18,6 +19,7 @@ LINE = gl.constexpr(gl.BlockedLayout([1], [32], [8], [0]))
 """(THREADS,): one a thread."""
 GIVE_UP = gl.constexpr(PATIENCE.format(error="errors", limit="most"))
 LEAVE_CODE = gl.constexpr(FAIL.format(error="errors", code="blame"))
+pushing = gluon.constexpr_function(triton_remote.pushing)
 
 
 @gluon.constexpr_function
@@ -85,14 +87,6 @@ def _constraints(results):
 @gluon.constexpr_function
 def _words(count):
     return tuple([gl.int32] * count)
-
-
-@gluon.constexpr_function
-def _publishing(scope):
-    return (
-        "{ .reg .pred wanted; setp.ne.s32 wanted, $3, 0; "
-        f"@wanted st.relaxed.{scope}.global.b32 [$1], $2; mov.b32 $0, 0; }}"
-    )
 
 
 @gluon.jit
@@ -168,10 +162,7 @@ def poll_wide(address, tag, waits, code, COUNT: gl.constexpr):
 @gluon.constexpr_function
 def _publishing_wide(scope, count):
     words = ", ".join(f"${2 + i}, ${2 + count}" for i in range(count))
-    return (
-        f"{{ .reg .pred wanted; setp.ne.s32 wanted, ${3 + count}, 0; "
-        f"@wanted st.relaxed.{scope}.global.v{2 * count}.b32 [$1], {{{words}}}; mov.b32 $0, 0; }}"
-    )
+    return pushing(words, f"setp.ne.s32 wanted, ${3 + count}, 0;", scope)
 
 
 @gluon.jit
@@ -246,8 +237,9 @@ def publish(address, value, tag, wanted, SCOPE: gl.constexpr):
     """
     word = (value.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) << 16) | tag
     gl.inline_asm_elementwise(
-        _publishing(SCOPE), "=r,l,r,r", [address, word, wanted.to(gl.int32)], gl.int32, is_pure=False, pack=1
-    )
+        pushing("$2", "setp.ne.s32 wanted, $3, 0;", SCOPE), "=r,l,r,r",
+        [address, word, wanted.to(gl.int32)], gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
 
 @gluon.jit

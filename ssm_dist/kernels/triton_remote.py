@@ -38,34 +38,25 @@ EMPTY = tl.constexpr(-1)
 NAN_WORD = tl.constexpr(0x7FFF7FFF)
 """What a sender stores in the place of EMPTY: NaN as well."""
 
-PUSH = tl.constexpr("""
-{
-    .reg .pred  wanted;
-    setp.ne.s32 wanted, $6, 0;
-    @wanted st.relaxed.sys.global.v4.b32 [$1], {$2, $3, $4, $5};
-    mov.b32     $0, 0;
-}
-""")
 
-PUSH_WORD = tl.constexpr("""
-{
-    .reg .pred  wanted;
-    setp.ne.s32 wanted, $3, 0;
-    @wanted st.relaxed.sys.global.b32 [$1], $2;
-    mov.b32     $0, 0;
-}
-""")
+def pushing(words: str, condition: str, scope: str = "sys") -> str:
+    """Assembly that stores words at the address $1, all at once, where `condition` finds them wanted.
 
-PUSH_BY_THREAD = tl.constexpr("""
-{
-    .reg .pred  mine;
-    .reg .u32   thread;
-    mov.u32     thread, %tid.x;
-    setp.eq.u32 mine, thread, $3;
-    @mine st.relaxed.sys.global.b32 [$1], $2;
-    mov.b32     $0, 0;
-}
-""")
+    words: one, two or four operands; condition: lines that set the predicate `wanted`; scope: "gpu" or "sys",
+    where they are seen. $0 becomes 0: assembly has a result.
+    """
+    count = words.count("$")
+    vector, what = (f".v{count}", f"{{{words}}}") if count > 1 else ("", words)
+    return (
+        f"{{ .reg .pred wanted; {condition} @wanted st.relaxed.{scope}.global{vector}.b32 [$1], {what}; "
+        "mov.b32 $0, 0; }"
+    )
+
+
+THREAD = ".reg .u32 thread; mov.u32 thread, %tid.x;"
+PUSH = tl.constexpr(pushing("$2, $3, $4, $5", "setp.ne.s32 wanted, $6, 0;"))
+PUSH_WORD = tl.constexpr(pushing("$2", "setp.ne.s32 wanted, $3, 0;"))
+PUSH_BY_THREAD = tl.constexpr(pushing("$2", f"{THREAD} setp.eq.u32 wanted, thread, $3;"))
 
 # after every 1024 polls (a fraction of a millisecond), look at the error word and at the time
 PATIENCE = """
