@@ -10,11 +10,20 @@ PLACES = ("--out", "--benchmark.folder", "--benchmark.profile")
 
 
 def command(program: str, words: Sequence[str]) -> str:
-    """What was called, without where it wrote: that is a matter of the machine."""
+    """What was called, torchrun included, without where it wrote: that is a matter of the machine."""
     kept = [
         w for before, w in zip(["", *words], words, strict=False) if before not in PLACES and w not in PLACES
     ]
-    return " ".join([program, *kept])
+    return " ".join([*_started_by(), program, *kept])
+
+
+def _started_by() -> list[str]:
+    """torchrun and how many ranks it started, as it tells them; nothing for one."""
+    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks == 1:
+        return []
+    hosts = ["--standalone"] if ranks == here else [f"--nnodes {ranks // here}"]
+    return ["torchrun", *hosts, f"--nproc-per-node {here}"]
 
 
 def commit() -> str | None:

@@ -139,6 +139,14 @@ def test_a_command_is_told_without_places():
     assert command("peer.py", ["--out", "/where/it.json"]) == "peer.py"
 
 
+def test_a_command_says_how_its_ranks_were_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert command("infer.py", ["--a", "b"]) == "torchrun --standalone --nproc-per-node 2 infer.py --a b"
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert command("infer.py", []) == "torchrun --nnodes 4 --nproc-per-node 2 infer.py"
+
+
 def test_a_case_is_written_as_prompts_by_tokens_plus_new_ones():
     assert parse_case("64x2048+128") == Case(64, 2048, 128) and str(Case(1, 2, 3)) == "1x2+3"
     for wrong in ("64x2048", "64 x 2048 + 128", "0x5+1", "axb+c"):
