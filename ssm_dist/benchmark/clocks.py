@@ -65,8 +65,9 @@ class ClockWatch:
     def over(self, spans: Iterable[Span]) -> dict[str, Any] | None:
         """Of all readings within the spans: None where no two came within one.
 
-        mhz: the median clock; watts: of the energy from a span's first reading to its last; capped: the share
-        of readings at which power had lowered the clock.
+        mhz: the median clock; watts: of the energy from a span's first reading to its last, some per cent off
+        for spans of half a second, since it is counted in steps; capped: the share of readings at which power
+        had lowered the clock.
         """
         found: list[Reading] = []
         seconds = joules = 0.0
