@@ -22,7 +22,7 @@ from ssm_dist.parallel.collectives import broadcast_bytes, carrier
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import prefix_limits
 from ssm_dist.preparation import Preparer
-from ssm_dist.requests import Prompt, Request, appended, as_list
+from ssm_dist.requests import Prompt, Request
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.saved_states import SavedState, load_state, save_state
 from ssm_dist.score import Score, score_tokens
@@ -110,9 +110,8 @@ class LLM:
         params: one for all, or one a prompt. after: a state (`load_state`) that every prompt continues, with
         "" for nothing more. Raises `UserError` for the first prompt that cannot run, before any of them does.
         """
-        if after is not None:
-            prompts = list[Prompt](appended(after.token_ids, p, self.tokenizer) for p in as_list(prompts))
-        requests = self._preparer.runnable(prompts, params)
+        history = None if after is None else after.token_ids
+        requests = self._preparer.runnable(prompts, params, history)
         collector = Collector(requests, with_text=self.tokenizer is not None)
         for event in self.run(requests):
             collector.add(event)

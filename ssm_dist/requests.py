@@ -20,6 +20,8 @@ from ssm_dist.text import Tokenizer
 Prompt = str | list[int] | dict[str, Any]
 """A text, token ids, or {"messages": [{"role": ..., "content": ...}, ...]} for the chat template."""
 
+PROMPT_FORMS = 'text, a list of token ids, or {"messages": [{"role": ..., "content": ...}, ...]}'
+
 PROMPT_KEYS = ("prompt", "prompt_token_ids", "messages")
 
 
@@ -44,15 +46,20 @@ def prepare(
     prompt: Prompt, params: SamplingParams, index: int, tokenizer: Tokenizer | None, vocab_size: int
 ) -> Request:
     """Tokenise and check one prompt. Raises `UserError` that says what is wrong with it."""
+    if not isinstance(params, SamplingParams):
+        kind = type(params).__name__
+        raise UserError(f"params must be SamplingParams, one for all or a list of one a prompt; not {kind}")
     text: str | None = None
     if isinstance(prompt, dict):
-        text = _need(tokenizer, "a messages prompt").apply_chat_template(prompt["messages"])
+        text = _need(tokenizer, "a messages prompt").apply_chat_template(_messages(prompt))
         # the template spells out its special tokens, so encoding must not add them again
         token_ids = _need(tokenizer, "a messages prompt").encode(text, add_special_tokens=False)
     elif isinstance(prompt, str):
         text, token_ids = prompt, _need(tokenizer, "a text prompt").encode(prompt)
-    else:
+    elif isinstance(prompt, list):
         token_ids = _check_ids(prompt)
+    else:
+        raise _no_prompt(prompt)
     if not token_ids:
         raise UserError("the prompt is empty; give at least one token")
     request = Request(index, text, token_ids, params)
@@ -115,8 +122,12 @@ def request_of(plain: dict[str, Any]) -> Request:
 
 
 def as_list(prompts: Prompt | list[Prompt]) -> list[Prompt]:
-    """A single prompt, token ids included, as a list of one."""
-    if isinstance(prompts, (str, dict)) or (prompts and isinstance(prompts[0], int)):
+    """A single prompt, token ids included, as a list of one. Raises `UserError` for what is neither."""
+    if isinstance(prompts, (str, dict)):
+        return [prompts]
+    if not isinstance(prompts, (list, tuple)):
+        raise _no_prompt(prompts)
+    if prompts and isinstance(prompts[0], int):
         return [prompts]
     return list(prompts)  # type: ignore[arg-type]
 
@@ -130,6 +141,8 @@ def appended(history: list[int], prompt: Prompt, tokenizer: Tokenizer | None) ->
         raise UserError("a prompt after a state is text or token ids; apply the chat template first")
     if isinstance(prompt, list):
         return history + prompt
+    if not isinstance(prompt, str):
+        raise _no_prompt(prompt)
     more = _need(tokenizer, "a text prompt").encode(prompt, add_special_tokens=False) if prompt else []
     return history + more
 
@@ -186,7 +199,27 @@ def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     return tokenizer
 
 
-def _check_ids(prompt: Any) -> list[int]:
-    if not isinstance(prompt, list) or set(map(type, prompt)) - {int}:
+def _no_prompt(given: object) -> UserError:
+    return UserError(f"a prompt is {PROMPT_FORMS}, several are a list of these; not {type(given).__name__}")
+
+
+def _messages(prompt: dict[str, Any]) -> list[dict[str, Any]]:
+    """Those of a prompt for the chat template. Raises `UserError` for what a template cannot mean."""
+    if "messages" not in prompt:
+        raise UserError(f'this dictionary has no "messages"; a prompt is {PROMPT_FORMS}')
+    messages = prompt["messages"]
+    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
+        raise UserError(
+            'messages must be a list of at least one {"role": ..., "content": ...}, and nothing else'
+        )
+    return messages
+
+
+def _is_message(given: object) -> bool:
+    return isinstance(given, dict) and {"role", "content"} <= given.keys()
+
+
+def _check_ids(prompt: list[Any]) -> list[int]:
+    if set(map(type, prompt)) - {int}:
         raise UserError("prompt_token_ids must be a list of integers")
     return list(prompt)  # the caller's may change while the request runs

@@ -108,7 +108,7 @@ class Session:
         with self._changed:
             index = self._next_index
             self._next_index += 1
-        request = self._prepare(prompt, params or SamplingParams(), index)
+        request = self._prepare(prompt, SamplingParams() if params is None else params, index)
         receiver = make(request)
         with self._changed:
             if self._failure is not None:

@@ -6,8 +6,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
-from ssm_dist import LLM, SamplingParams
+from ssm_dist import LLM, SamplingParams, UserError
+from ssm_dist.saved_states import SavedState
 from ssm_dist.session import Session
 
 PROMPTS = ["def", "import os", "x", "for i in range(3):", "class A:"]
@@ -56,6 +58,29 @@ def failed(folder: Path, where: str) -> tuple[str, int, float]:
     with pytest.raises((RuntimeError, ValueError)) as raised:
         llm.serve(main)
     return str(raised.value), llm.cache.free_slots, time.monotonic() - begin
+
+
+NO_CALLS = {
+    "no messages": ({"prompt": "a"}, None),
+    "no prompt": (None, None),
+    "fewer params": (["a", "b"], PARAMS[:1]),
+    "no prompt after a state": ([None], None),
+    "a bug": ("a", None),
+}
+"""Prompts and parameters that rank 0 cannot prepare."""
+
+
+def after_a_bad_call(folder: Path, case: str) -> tuple[str, list[list[int]]]:
+    """What a rank raises when rank 0, and it alone, is given one of those; and what it answers then."""
+    llm, leads = load(folder), dist.get_rank() == 0
+    after = SavedState([1, 2], folder) if "state" in case else None
+    with pytest.MonkeyPatch.context() as patch, pytest.raises((UserError, RuntimeError, KeyError)) as raised:
+        if case == "a bug" and leads:
+            patch.setattr(llm.tokenizer, "encode", lambda text: {}[text])
+        prompts, params = NO_CALLS[case] if leads else (["b"], None)
+        llm.generate(prompts, params, after=after)
+    assert raised.type is (UserError if case != "a bug" else KeyError if leads else RuntimeError)
+    return str(raised.value), [c.token_ids for c in llm.generate(PROMPTS, PARAMS)]
 
 
 def conversation(folder: Path, prefix_bytes: int) -> tuple[list[list[int]], int, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from ssm_dist import LLM, Completion, SamplingParams, UserError
 from ssm_dist.models.mixer import HeadwiseProjection
 from ssm_dist.sampling.params import SamplingParams as Params
+from tests.engine import on_ranks
 from tests.engine.checkpoints import EOS, save_checkpoint
 from tests.oracle import greedy, logits, random_model
 from tests.ranks import run_on_ranks
@@ -187,6 +189,52 @@ def test_a_model_saved_from_two_ranks_is_loaded_by_transformers(
 def test_a_prompt_that_cannot_run_is_refused_with_a_reason(prompt: object, says: str, llm: LLM):
     with pytest.raises(UserError, match=says):
         llm.generate([prompt])
+
+
+@pytest.mark.parametrize(
+    "prompt", [None, 5.0, (1, 2), np.array([1, 2])], ids=["None", "number", "tuple", "array"]
+)
+def test_a_prompt_of_another_type_is_refused_with_the_forms_there_are(prompt: object, llm: LLM):
+    for prompts in (prompt, [prompt], ["a", prompt]):
+        with pytest.raises(
+            UserError, match=r'text, a list of token ids, or \{"messages".*not (None|float|tuple|nd)'
+        ):
+            llm.generate(prompts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ({"prompt": "hi"}, 'has no "messages"'),
+        ({"messages": 5}, "must be a list"),
+        ({"messages": "hi"}, "must be a list"),
+        ({"messages": []}, "at least one"),
+        ({"messages": ["hi"]}, "role"),
+        ({"messages": [{"role": "user"}]}, "content"),
+    ],
+)
+def test_a_dictionary_that_is_no_conversation_is_refused(prompt: object, says: str, llm: LLM):
+    with pytest.raises(UserError, match=says):
+        llm.generate(prompt)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{"max_new_tokens": 3}, {}, (Params(),), [None], 5],
+    ids=["dict", "empty", "tuple", "list", "number"],
+)
+def test_params_of_another_type_are_refused(params: object, llm: LLM):
+    with pytest.raises(UserError, match="params must be SamplingParams"):
+        llm.generate(["a"], params)
+
+
+@pytest.mark.parametrize("case", on_ranks.NO_CALLS)
+def test_a_call_that_rank_0_cannot_prepare_fails_on_every_rank_and_the_next_one_is_answered(
+    case: str, folders: dict[str, Path]
+):
+    (said, answers), *others = run_on_ranks(2, on_ranks.after_a_bad_call, folders["mamba"], case)
+    assert answers == ids(on_ranks.load(folders["mamba"]).generate(on_ranks.PROMPTS, on_ranks.PARAMS))
+    assert all(again == answers and said in text for text, again in others)
 
 
 def test_without_a_tokenizer_token_ids_work_and_text_is_none(tmp_path: Path):

@@ -60,6 +60,8 @@ def test_prompts_after_a_state_may_be_text_or_ids(folders: dict[str, Path], file
     )
     with pytest.raises(UserError, match="chat template"):
         llm.generate({"messages": []}, after=state)
+    with pytest.raises(UserError, match=r"prompt 1: a prompt is text.*not NoneType"):
+        llm.generate(["", None], after=state)
 
 
 def refuses(llm: LLM, file: Path, says: str) -> None:
