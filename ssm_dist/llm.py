@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,9 +158,9 @@ class LLM:
         with self.session() as session:
             return main(session)
 
-    def score(self, texts: Sequence[Prompt]) -> list[Score]:
-        """Log-probabilities and perplexity of texts, or of token ids. Raises `UserError` as `generate`."""
-        requests = self._preparer.runnable(list(texts), SamplingParams(max_new_tokens=1))
+    def score(self, texts: Prompt | list[Prompt]) -> list[Score]:
+        """Log-probabilities and perplexity of each text, or token ids. Raises `UserError` as `generate`."""
+        requests = self._preparer.runnable(texts, SamplingParams(max_new_tokens=1))
         chunk, vocab_size = self.loaded.chunk_tokens, self.loaded.config.vocab_size
         return [
             score_tokens(self.engine, self.loaded.tp, request.token_ids, vocab_size, chunk)

@@ -148,6 +148,14 @@ def test_scores_are_the_log_softmax_of_transformers(name: str, folders: dict[str
     assert score.perplexity == pytest.approx(math.exp(-chosen.mean()), rel=1e-4)
 
 
+def test_one_text_is_scored_as_a_list_of_one_is(llm: LLM):
+    assert llm.tokenizer is not None
+    listed = llm.score(["import os\n"])
+    assert llm.score("import os\n") == llm.score(llm.tokenizer.encode("import os\n")) == listed
+    with pytest.raises(UserError, match=r"prompt 0: .*chat template"):
+        llm.score({"messages": [{"role": "user", "content": "hi"}]})
+
+
 def scored(folder: Path, texts: list[str]) -> list[list[float]]:
     return [score.log_probs for score in load(folder).score(texts)]
 
