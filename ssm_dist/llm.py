@@ -61,6 +61,8 @@ class LLM:
         self.prefixes = PrefixCache(self.cache, prefix_limits(config.cache, loaded.chunk_tokens))
         self._preparer = Preparer(loaded, self.cache)
         self._session: Session | None = None
+        self._half_read = 0
+        """Streams that have begun and not ended."""
         self.engine = start_engine(loaded, self.cache, config)
 
     @property
@@ -108,8 +110,10 @@ class LLM:
         """Answer all prompts; the completions are in their order.
 
         params: one for all, or one a prompt. after: a state (`load_state`) that every prompt continues, with
-        "" for nothing more. Raises `UserError` for the first prompt that cannot run, before any of them does.
+        "" for nothing more. Raises `UserError` for the first prompt that cannot run, before any of them does,
+        and while a session is open.
         """
+        self._require_no_session()
         history = None if after is None else after.token_ids
         requests = self._preparer.runnable(prompts, params, history)
         collector = Collector(requests, with_text=self.tokenizer is not None)
@@ -122,15 +126,20 @@ class LLM:
     ) -> Iterator[TokenEvent]:
         """Answer all prompts, yielding each token as it is sampled; ranks iterate alike.
 
-        Raises as `generate`.
+        Raises as `generate`, at once. A stream that is half-read holds its slots: read it to its end, or
+        `close` it.
         """
-        yield from self.run(self._preparer.runnable(prompts, params))
+        self._require_no_session()
+        return self.run(self._preparer.runnable(prompts, params))
 
     def session(self) -> Session:
         """Take requests while others run: `session.submit(prompt, params)`; close it, or use it in a `with`.
 
         On rank 0 only, while every other rank is in `follow`. Nothing else may run on this model meanwhile.
+        Raises `UserError` while another one is open, or a stream is half-read.
         """
+        self._require_no_session()
+        self._require_no_stream()
         tp, device = self.loaded.tp, self.loaded.device
         assert tp is None or tp.rank == 0, "the session is rank 0's; the other ranks call follow()"
         hosts = None if tp is None else tp.host_group()
@@ -144,7 +153,11 @@ class LLM:
         return self._session
 
     def follow(self) -> None:
-        """On ranks other than 0: take part in rank 0's session until it is closed."""
+        """On ranks other than 0: take part in rank 0's session until it is closed.
+
+        Raises `UserError` while a stream is half-read, as `session` on rank 0.
+        """
+        self._require_no_stream()
         tp = self.loaded.tp
         assert tp is not None and tp.rank > 0, "rank 0 leads: it opens a session"
         hosts = tp.host_group()
@@ -160,6 +173,7 @@ class LLM:
 
     def score(self, texts: Prompt | list[Prompt]) -> list[Score]:
         """Log-probabilities and perplexity of each text, or token ids. Raises `UserError` as `generate`."""
+        self._require_no_session()
         requests = self._preparer.runnable(texts, SamplingParams(max_new_tokens=1))
         chunk, vocab_size = self.loaded.chunk_tokens, self.loaded.config.vocab_size
         return [
@@ -173,6 +187,7 @@ class LLM:
         A conversation is saved by its token ids: completion.prompt_token_ids + completion.token_ids.
         Raises `UserError` when the file cannot be written, or as `generate`.
         """
+        self._require_no_session()
         (request,) = self._preparer.runnable([prompt], SamplingParams(max_new_tokens=1))
         return save_state(
             self.loaded, self.engine, self.prefixes, request.token_ids, Path(file),
@@ -183,19 +198,23 @@ class LLM:
         """Hold a saved state: prompts that begin with its tokens resume from it. Ranks call it alike.
 
         It stays in host memory until `forget_state`. Raises `UserError` for a damaged file, or one of another
-        model or dtype.
+        model or dtype, and while a session is open.
         """
+        self._require_no_session()
         return load_state(self.loaded, self.prefixes, Path(file))
 
     def forget_state(self, state: SavedState) -> None:
-        """Let go of a state that `load_state` returned."""
+        """Let go of a state that `load_state` returned. Raises `UserError` while a session is open."""
+        self._require_no_session()
         self.prefixes.remove(state.token_ids[:-1])
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the whole model as a Hugging Face folder that transformers loads; ranks call it alike.
 
-        Raises `UserError` when the folder exists and is not empty, or the disk is too full.
+        Raises `UserError` when the folder exists and is not empty, when the disk is too full, and while a
+        session is open.
         """
+        self._require_no_session()
         loaded = self.loaded
         save_huggingface(
             self.model,
@@ -209,10 +228,12 @@ class LLM:
 
     def prepare_lines(self, lines: list[str], base: SamplingParams) -> list[Request]:
         """Requests of a prompts file's lines; one that cannot run carries its `error`."""
+        self._require_no_session()
         return self._preparer.lines(lines, base)
 
     def prepare(self, prompts: list[Prompt], params: list[SamplingParams]) -> list[Request]:
         """Requests of prompts; one that cannot run carries its `error`."""
+        self._require_no_session()
         return self._preparer.every(prompts, params)
 
     def run(
@@ -220,11 +241,29 @@ class LLM:
     ) -> Iterator[TokenEvent]:
         """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike.
 
-        on_prompt(request, tokens) is told how much of a prompt has been read, step by step.
+        on_prompt(request, tokens) is told how much of a prompt has been read, step by step. Raises
+        `UserError` while a session is open.
         """
+        self._require_no_session()
+        return self._events(requests, on_prompt)
+
+    def _events(self, requests: list[Request], on_prompt: Callable[[int, int], None]) -> Iterator[TokenEvent]:
+        """`run`, from the moment when the first token is asked for."""
+        self._require_no_session()  # one may have been opened since
+        self._half_read += 1
+        try:
+            yield from self._new_run().events(requests, on_prompt)
+        finally:
+            self._half_read -= 1
+
+    def _require_no_session(self) -> None:
+        """Before anything else that takes all ranks: the others may be in `follow`, and the engine busy."""
         if self._session is not None and not self._session.closed:
             raise UserError("a session is open on this model; submit prompts to it, or close it first")
-        return self._new_run().events(requests, on_prompt)
+
+    def _require_no_stream(self) -> None:
+        if self._half_read:
+            raise UserError("a stream of this model is half-read; read it to its end, or close it first")
 
     def _new_run(self) -> Run:
         return Run(

@@ -60,6 +60,33 @@ def failed(folder: Path, where: str) -> tuple[str, int, float]:
     return str(raised.value), llm.cache.free_slots, time.monotonic() - begin
 
 
+def served_beside_a_stream(folder: Path) -> tuple[str, int]:
+    """Why serving is refused while a stream is half-read, and the answer's tokens once that is closed."""
+    llm = load(folder)
+    stream = llm.stream("a", ENDLESS)
+    next(stream)
+    with pytest.raises(UserError, match="half-read"):
+        llm.serve(lambda session: None)
+    stream.close()
+    llm.serve(lambda session: session.submit("a", ENDLESS).cancel())
+    return "half-read", len(llm.generate("a", SamplingParams(max_new_tokens=2, ignore_eos=True))[0].token_ids)
+
+
+def refused_while_serving(folder: Path) -> tuple[list[int] | None, list[int]]:
+    """The answer that a session gives beside calls that are refused, and one of `generate` after it."""
+    llm = load(folder)
+
+    def main(session: Session) -> list[int]:
+        stream = session.submit(PROMPTS[0], PARAMS[0])
+        refused = (lambda: llm.generate("b"), lambda: llm.stream("b"), lambda: llm.score("ab"), llm.session)
+        for call in refused:
+            with pytest.raises(UserError, match="a session is open"):
+                call()
+        return stream.result().token_ids
+
+    return llm.serve(main), llm.generate(PROMPTS[1], PARAMS[1])[0].token_ids
+
+
 NO_CALLS = {
     "no messages": ({"prompt": "a"}, None),
     "no prompt": (None, None),

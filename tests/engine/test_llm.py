@@ -108,6 +108,11 @@ def test_a_stream_left_early_gives_back_its_slots(llm: LLM):
     assert llm.generate("x", SamplingParams(max_new_tokens=2, ignore_eos=True))[0].finish_reason == "length"
 
 
+def test_a_stream_of_what_cannot_run_is_refused_before_it_is_read(llm: LLM):
+    with pytest.raises(UserError, match="empty"):
+        llm.stream("")
+
+
 def test_a_stop_string_cuts_the_text_before_it(llm: LLM):
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)
     text = llm.generate("abc", params)[0].text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ import pytest
 from ssm_dist import LLM, AsyncLLM, UserError
 from ssm_dist.session import Session
 from tests.engine.checkpoints import save_checkpoint
-from tests.engine.on_ranks import ENDLESS, PARAMS, PROMPTS, failed, load, served
+from tests.engine.on_ranks import (
+    ENDLESS,
+    PARAMS,
+    PROMPTS,
+    failed,
+    load,
+    refused_while_serving,
+    served,
+    served_beside_a_stream,
+)
 from tests.ranks import run_on_ranks
 
 
@@ -66,6 +76,55 @@ def test_a_prompt_that_cannot_run_is_refused_at_once(llm: LLM):
             session.submit("")
         with pytest.raises(UserError, match="a session is open"):
             llm.generate("a")
+
+
+def test_nothing_else_runs_beside_an_open_session(llm: LLM, alone: list[list[int]], tmp_path: Path):
+    llm.save_state(tmp_path / "state", "a")
+    state = llm.load_state(tmp_path / "state")
+    begins_later = llm.stream("a")
+    calls: list[Callable[[], object]] = [
+        llm.session,
+        lambda: llm.serve(lambda session: None),
+        lambda: llm.generate("a"),
+        lambda: llm.stream("a"),
+        lambda: next(begins_later),
+        lambda: llm.score(["ab"]),
+        lambda: llm.save_state(tmp_path / "other", "a"),
+        lambda: llm.load_state(tmp_path / "state"),
+        lambda: llm.forget_state(state),
+        lambda: llm.prepare(["a"], [PARAMS[0]]),
+        lambda: llm.prepare_lines(['{"prompt": "a"}'], PARAMS[0]),
+        lambda: llm.save_pretrained(tmp_path / "folder"),
+    ]
+    with llm.session() as session:
+        stream = session.submit(PROMPTS[0], PARAMS[0])
+        for call in calls:
+            with pytest.raises(UserError, match="a session is open"):
+                call()
+        assert stream.result().token_ids == alone[0]
+    llm.forget_state(state)
+    with llm.session() as again:
+        assert again.submit(PROMPTS[0], PARAMS[0]).result().token_ids == alone[0]
+
+
+def test_a_session_waits_for_the_end_of_a_half_read_stream(llm: LLM, alone: list[list[int]]):
+    closed, read = (llm.stream(PROMPTS[0], PARAMS[0]) for _ in range(2))
+    for stream, end in ((closed, lambda: closed.close()), (read, lambda: list(read))):
+        next(stream)
+        with pytest.raises(UserError, match="half-read"):
+            llm.session()
+        end()
+        with llm.session() as session:
+            assert session.submit(PROMPTS[0], PARAMS[0]).result().token_ids == alone[0]
+
+
+def test_every_rank_refuses_to_serve_beside_a_half_read_stream(folder: Path):
+    assert run_on_ranks(2, served_beside_a_stream, folder) == [("half-read", 2)] * 2
+
+
+def test_what_rank_0_refuses_beside_a_session_leaves_the_others_in_step(folder: Path, alone: list[list[int]]):
+    leader, other = run_on_ranks(2, refused_while_serving, folder)
+    assert leader == (alone[0], alone[1]) and other == (None, alone[1])
 
 
 def test_a_failure_of_the_engine_reaches_everybody_who_waits(llm: LLM, monkeypatch: pytest.MonkeyPatch):
