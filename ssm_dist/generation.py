@@ -49,9 +49,9 @@ class Completion:
     """One a token, when asked for."""
     top_logprobs: list[dict[int, float]] = field(default_factory=list)
     seconds_to_first_token: float | None = None
-    """From the start of the run to the first token of this request, waiting included."""
+    """From the start of the run, or of a session's request, to the first token, waiting included."""
     seconds: float | None = None
-    """From the start of the run to the last token."""
+    """From the same moment to the last token."""
 
 
 class Collector:

@@ -47,7 +47,6 @@ class Stream:
             self._ended = True
             raise RuntimeError("the session has failed") from event
         self._ended = event.finish_reason is not None
-        self._collector.add(event)
         return event
 
     def result(self) -> Completion:
@@ -61,7 +60,9 @@ class Stream:
         self._session.cancel(self.request.index)
 
     def deliver(self, event: TokenEvent | Exception) -> None:
-        """Called by the session for every event."""
+        """Called by the session for every event, when it comes: that is the time which counts."""
+        if not isinstance(event, Exception):
+            self._collector.add(event)
         self._events.put(event)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,6 +69,18 @@ def test_closing_a_session_cancels_what_runs_and_refuses_what_comes(llm: LLM):
     assert stream.result().finish_reason == "cancelled"
     with pytest.raises(UserError, match="closed"):
         session.submit("a")
+
+
+def test_the_times_of_an_answer_are_those_of_its_tokens_whenever_it_is_read(llm: LLM):
+    with llm.session() as session:
+        stream, later = session.submit(PROMPTS[0], PARAMS[0]), session.submit(PROMPTS[4], PARAMS[4])
+        submitted = time.perf_counter()
+        later.result()  # the shorter one has ended by now
+        time.sleep(0.3)
+        waited = time.perf_counter() - submitted
+        answer = stream.result()
+    assert answer.seconds_to_first_token is not None and answer.seconds is not None
+    assert 0 < answer.seconds_to_first_token <= answer.seconds < waited
 
 
 def test_a_prompt_that_cannot_run_is_refused_at_once(llm: LLM):
