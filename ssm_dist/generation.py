@@ -8,11 +8,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ssm_dist.engine import Engine, Pending
+from ssm_dist.errors import UserError
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.requests import Request
 from ssm_dist.sampling.sampler import Sampled
 from ssm_dist.scheduler import Scheduler, Sequence, Step
 from ssm_dist.text import TextStream, Tokenizer
+
+NO_ROOM = (
+    "streams that are half-read hold the slots of [cache] max_sequences, or the pages of max_tokens; "
+    "read one to its end, or close it"
+)
 
 
 @dataclass(slots=True)
@@ -168,17 +174,28 @@ class Run:
         return step
 
     def execute(self, step: Step | None) -> list[TokenEvent]:
-        """Give the device a planned step, then read the tokens that are due; they may end requests."""
+        """Give the device a planned step, then read the tokens that are due; they may end requests.
+
+        Raises `UserError` when there is no step because another run holds the slots.
+        """
         if step is not None:
             self._launch(step)
         elif not self._pending:
-            assert not self._active, "requests are active, but the scheduler has nothing to do"
+            self._require_room()
             return []
         late = self._late if step is not None else 0
         events = []
         while len(self._pending) > late:
             events += self._read(self._pending.popleft())
         return events
+
+    def _require_room(self) -> None:
+        """Raise `UserError` where requests wait for what another run holds, which goes on when it is read."""
+        if self._active:
+            cache = self._engine.cache
+            nobody_else = cache.free_slots == cache.max_sequences
+            assert not nobody_else, "requests are active, but the scheduler has nothing to do"
+            raise UserError(NO_ROOM)
 
     def _launch(self, step: Step) -> None:
         pending = self._engine.launch(step)

@@ -16,7 +16,7 @@ from ssm_dist.checkpoint.save import save_huggingface
 from ssm_dist.config import Config
 from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
-from ssm_dist.generation import Collector, Completion, Run, TokenEvent
+from ssm_dist.generation import NO_ROOM, Collector, Completion, Run, TokenEvent
 from ssm_dist.models.language_model import LanguageModel
 from ssm_dist.parallel.collectives import broadcast_bytes, carrier
 from ssm_dist.prefix_cache import PrefixCache
@@ -95,7 +95,13 @@ class LLM:
         configuration are given as dictionaries: from_pretrained(folder, cache={"max_sequences": 64}). Raises
         `UserError` for keys and values that are none, and as `load_model`.
         """
-        degree = tensor_parallel or int(os.environ.get("WORLD_SIZE", "1"))
+        degree = int(os.environ.get("WORLD_SIZE", "1")) if tensor_parallel is None else tensor_parallel
+        for name, section in sections.items():
+            if not isinstance(section, dict):
+                raise UserError(
+                    f"from_pretrained: {name} = {section!r} is not a section; write a dictionary of keys, "
+                    'as in cache={"max_sequences": 64}'
+                )
         model = {"checkpoint": str(checkpoint)} | sections.pop("model", {})
         given = {"model": model, "parallel": {"tensor": degree}, **sections}
         return cls.from_config(build_config(None, given, given_by="from_pretrained"))
@@ -110,8 +116,8 @@ class LLM:
         """Answer all prompts; the completions are in their order.
 
         params: one for all, or one a prompt. after: a state (`load_state`) that every prompt continues, with
-        "" for nothing more. Raises `UserError` for the first prompt that cannot run, before any of them does,
-        and while a session is open.
+        "" for nothing more. Raises `UserError` for the first prompt that cannot run, before any of them does;
+        while a session is open, and where half-read streams leave no room.
         """
         self._require_no_session()
         history = None if after is None else after.token_ids
@@ -175,6 +181,8 @@ class LLM:
         """Log-probabilities and perplexity of each text, or token ids. Raises `UserError` as `generate`."""
         self._require_no_session()
         requests = self._preparer.runnable(texts, SamplingParams(max_new_tokens=1))
+        if not all(self.cache.has_room(len(request.token_ids)) for request in requests):
+            raise UserError(NO_ROOM)
         chunk, vocab_size = self.loaded.chunk_tokens, self.loaded.config.vocab_size
         return [
             score_tokens(self.engine, self.loaded.tp, request.token_ids, vocab_size, chunk)

@@ -119,6 +119,10 @@ class StateCache:
         """Slots for snapshots that hold none."""
         return len(self._free_snapshots)
 
+    def has_room(self, tokens: int, shared: int = 0) -> bool:
+        """Whether there is room for a sequence of at most `tokens` tokens, `shared` of its pages at hand."""
+        return bool(self._free_slots) and self._need(tokens, shared) <= self.pool.free + self.pool.reclaimable
+
     def acquire(self, tokens: int, shared: Sequence[int] = ()) -> int | None:
         """A slot for a sequence of at most `tokens` tokens, or None while there is no room for it.
 
@@ -126,9 +130,9 @@ class StateCache:
 
         shared: full pages with the first keys and values of the sequence, which somebody holds already.
         """
-        need = (pages_of(tokens) if self.paged else 0) - len(shared)
+        need = self._need(tokens, len(shared))
         self.pool.use(shared)
-        if not self._free_slots or need > self.pool.free + self.pool.reclaimable:
+        if not self.has_room(tokens, len(shared)):
             self.pool.leave(shared)
             return None
         if need > self.pool.free:
@@ -202,6 +206,10 @@ class StateCache:
             mine = self._pages[slot][: state.kv.shape[2]]
             where = torch.tensor(mine, dtype=torch.int64, device=self._kv.device)
             self._kv.index_copy_(2, where, state.kv.to(self._kv.device, non_blocking=True))
+
+    def _need(self, tokens: int, shared: int) -> int:
+        """Pages that a sequence takes beside those that it shares."""
+        return (pages_of(tokens) if self.paged else 0) - shared
 
     def _enter_pages(self, slot: int) -> None:
         """Show the pages of a slot to the device."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -106,6 +109,39 @@ def test_a_stream_left_early_gives_back_its_slots(llm: LLM):
     stream.close()
     assert llm.cache.free_slots == llm.cache.max_sequences
     assert llm.generate("x", SamplingParams(max_new_tokens=2, ignore_eos=True))[0].finish_reason == "length"
+
+
+@pytest.mark.parametrize("name", ["mamba", "zamba"])
+def test_what_half_read_streams_leave_no_room_for_is_refused_and_runs_after_them(
+    name: str, folders: dict[str, Path], tmp_path: Path
+):
+    slots = 1 if name == "mamba" else 3  # of Zamba, the pages are what is short
+    model = load(folders[name], cache={"max_sequences": slots, "max_tokens": 64})
+    short, long = [1, 2], list(range(1, 21))
+    params = SamplingParams(max_new_tokens=40, ignore_eos=True)
+    wanted = model.generate([long], params)[0].token_ids, model.score(long)
+    stream = model.stream([short], params)
+    next(stream)
+    calls: list[Callable[[], object]] = [
+        lambda: model.generate([long], params),
+        lambda: next(model.stream([long], params)),
+        lambda: model.score(long),
+        lambda: model.save_state(tmp_path / "state", long),
+    ]
+    for call in calls:
+        with pytest.raises(UserError, match=r"half-read|no free slot"):
+            call()
+    assert len(list(stream)) == 39
+    assert (model.generate([long], params)[0].token_ids, model.score(long)) == wanted
+    assert model.cache.free_slots == slots
+
+
+def test_requests_beside_a_half_read_stream_take_turns_in_the_slots_that_it_leaves(llm: LLM):
+    alone = ids(llm.generate(PROMPTS, MIXED))
+    stream = llm.stream(PROMPTS[:2], SamplingParams(max_new_tokens=20, ignore_eos=True))
+    next(stream)
+    assert ids(llm.generate(PROMPTS, MIXED)) == alone
+    assert len(list(stream)) == 39
 
 
 def test_a_stream_of_what_cannot_run_is_refused_before_it_is_read(llm: LLM):
@@ -270,3 +306,19 @@ def test_a_prompt_longer_than_the_pages_is_refused_before_it_starts(folders: dic
 def test_a_wrong_key_names_the_nearest_one(folders: dict[str, Path]):
     with pytest.raises(UserError, match=r"cache\.max_seq; the nearest valid one is cache\.max_sequences"):
         LLM.from_pretrained(folders["mamba"], cache={"max_seq": 64})
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"cache": 3}, "cache = 3 is not a section"),
+        ({"model": "float32"}, "model = 'float32' is not a section"),
+        ({"dtype": "float32"}, "dtype = 'float32' is not a section"),
+        ({"tensor_parallel": 0}, "parallel.tensor = 0: it must be greater than or equal to 1"),
+    ],
+)
+def test_what_is_no_section_and_no_degree_is_refused(
+    given: dict[str, Any], says: str, folders: dict[str, Path]
+):
+    with pytest.raises(UserError, match=re.escape(f"from_pretrained: {says}")):
+        LLM.from_pretrained(folders["mamba"], **given)
