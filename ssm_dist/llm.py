@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,7 +129,7 @@ class LLM:
 
     def stream(
         self, prompts: Prompt | list[Prompt], params: SamplingParams | list[SamplingParams] | None = None
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """Answer all prompts, yielding each token as it is sampled; ranks iterate alike.
 
         Raises as `generate`, at once. A stream that is half-read holds its slots: read it to its end, or
@@ -246,7 +246,7 @@ class LLM:
 
     def run(
         self, requests: list[Request], on_prompt: Callable[[int, int], None] = lambda index, tokens: None
-    ) -> Iterator[TokenEvent]:
+    ) -> Generator[TokenEvent, None, None]:
         """Run prepared requests to their end, yielding tokens as they are sampled; ranks iterate alike.
 
         on_prompt(request, tokens) is told how much of a prompt has been read, step by step. Raises
@@ -255,7 +255,9 @@ class LLM:
         self._require_no_session()
         return self._events(requests, on_prompt)
 
-    def _events(self, requests: list[Request], on_prompt: Callable[[int, int], None]) -> Iterator[TokenEvent]:
+    def _events(
+        self, requests: list[Request], on_prompt: Callable[[int, int], None]
+    ) -> Generator[TokenEvent, None, None]:
         """`run`, from the moment when the first token is asked for."""
         self._require_no_session()  # one may have been opened since
         self._half_read += 1
