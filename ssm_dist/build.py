@@ -21,6 +21,7 @@ from ssm_dist.fused_layers import fuse_layers
 from ssm_dist.kernels import backend
 from ssm_dist.kernels.codecs import CodecName
 from ssm_dist.memory import estimate, require_memory
+from ssm_dist.models.config_json import ConfigJson
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.mixer import arrange_weights
 from ssm_dist.parallel import ResolvedPlan, TensorParallel, apply_plan, localise, resolve_plan
@@ -130,11 +131,11 @@ def open_source(config: Config, device_type: str, ranks: Ranks | None = None) ->
         downloads=ranks is None or ranks.local_rank == 0,
         barrier=dist.barrier if together else lambda: None,
     )
-    spec = spec_for(_model_type(checkpoint))
     try:
+        spec = spec_for(_model_type(checkpoint))
         sizes = spec.config.from_huggingface(checkpoint.config)
-    except KeyError as error:
-        raise UserError(f"{checkpoint.folder / 'config.json'} lacks {error}") from None
+    except UserError as error:
+        raise UserError(f"{checkpoint.folder}: {error}") from None
     return Source(spec, _padded(sizes, degree), checkpoint, resolve_dtype(asked.dtype, checkpoint))
 
 
@@ -229,7 +230,7 @@ def _model_type(checkpoint: Checkpoint) -> str:
     """config.json's model_type; the original state-spaces spelling has none."""
     if "model_type" not in checkpoint.config and "ssm_cfg" in checkpoint.config:
         return "mamba"
-    return checkpoint.config.get("model_type", "(none in config.json)")
+    return ConfigJson(checkpoint.config).text("model_type", "(none in config.json)")
 
 
 def _eos_ids(checkpoint: Checkpoint | None, tokenizer: Tokenizer | None) -> frozenset[int]:

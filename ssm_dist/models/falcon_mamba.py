@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from ssm_dist.models.config_json import ConfigJson
 from ssm_dist.models.mamba import Mamba, MambaConfig
 
 
@@ -16,8 +17,8 @@ class FalconMambaConfig(MambaConfig):
     mixer_rms_eps: float | None = 1e-6
 
     @classmethod
-    def _fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        return super()._fields(raw) | {"mixer_rms_eps": raw.get("mixer_rms_eps", 1e-6)}
+    def _fields(cls, values: ConfigJson) -> dict[str, Any]:
+        return super()._fields(values) | {"mixer_rms_eps": values.epsilon("mixer_rms_eps", 1e-6)}
 
     def to_huggingface(self) -> dict[str, Any]:
         """The fields of transformers' config.json for this model."""

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ssm_dist.errors import UserError
 from ssm_dist.models.batch import MixerState, ModelState, RaggedBatch, StateShapes
+from ssm_dist.models.config_json import ConfigJson
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.layers import AddRMSNorm
 from ssm_dist.models.mixer import MambaMixer
@@ -23,28 +24,29 @@ class MambaConfig(LanguageModelConfig):
     @classmethod
     def from_huggingface(cls, raw: dict[str, Any]) -> Self:
         """From a parsed config.json, in transformers' spelling or the original one of state-spaces."""
-        if "d_model" in raw and "hidden_size" not in raw:
-            return cls(**_original_fields(raw))
-        return cls(**cls._fields(raw))
+        values = ConfigJson(raw)
+        if "d_model" in values and "hidden_size" not in values:
+            return cls(**_original_fields(values))
+        return cls(**cls._fields(values))
 
     @classmethod
-    def _fields(cls, raw: dict[str, Any]) -> dict[str, Any]:
-        require_activation(raw, "hidden_act", "silu")
-        d_model = raw["hidden_size"]
-        dt_rank = raw.get("time_step_rank", "auto")
+    def _fields(cls, values: ConfigJson) -> dict[str, Any]:
+        values.require("hidden_act", "silu")
+        d_model = values.size("hidden_size")
+        older = "n_layer" in values and "num_hidden_layers" not in values
         return {
-            "vocab_size": raw["vocab_size"],
+            "vocab_size": values.size("vocab_size"),
             "d_model": d_model,
-            "n_layers": raw.get("num_hidden_layers", raw.get("n_layer", 32)),
+            "n_layers": values.size("n_layer" if older else "num_hidden_layers", 32),
             # some Falcon-Mamba configurations carry a wrong `expand` beside the right intermediate_size
-            "d_inner": raw.get("intermediate_size", int(raw.get("expand", 2) * d_model)),
-            "dt_rank": math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
-            "d_state": raw.get("state_size", 16),
-            "conv_width": raw.get("conv_kernel", 4),
-            "norm_eps": raw.get("layer_norm_epsilon", 1e-5),
-            "tied_head": raw.get("tie_word_embeddings", True),
-            "use_bias": raw.get("use_bias", False),
-            "use_conv_bias": raw.get("use_conv_bias", True),
+            "d_inner": values.size("intermediate_size", values.multiple("expand", d_model, 2)),
+            "dt_rank": values.size_or_auto("time_step_rank", math.ceil(d_model / 16)),
+            "d_state": values.size("state_size", 16),
+            "conv_width": values.size("conv_kernel", 4),
+            "norm_eps": values.epsilon("layer_norm_epsilon", 1e-5),
+            "tied_head": values.switch("tie_word_embeddings", True),
+            "use_bias": values.switch("use_bias", False),
+            "use_conv_bias": values.switch("use_conv_bias", True),
         }
 
     def to_huggingface(self) -> dict[str, Any]:
@@ -69,31 +71,24 @@ class MambaConfig(LanguageModelConfig):
         }
 
 
-def _original_fields(raw: dict[str, Any]) -> dict[str, Any]:
+def _original_fields(values: ConfigJson) -> dict[str, Any]:
     """Fields of a state-spaces config.json, whose embedding rows are padded to a multiple."""
-    ssm = raw.get("ssm_cfg") or {}
-    if ssm.get("layer", "Mamba1") != "Mamba1" or raw.get("attn_layer_idx"):
+    ssm = values.section("ssm_cfg")
+    if ssm.text("layer", "Mamba1") != "Mamba1" or values.get("attn_layer_idx"):
         raise UserError(
             "this config.json describes a Mamba-2 or hybrid model; only Mamba-1 is supported here"
         )
-    multiple, d_model = raw.get("pad_vocab_size_multiple", 8), raw["d_model"]
-    dt_rank = ssm.get("dt_rank", "auto")
+    multiple, d_model = values.size("pad_vocab_size_multiple", 8), values.size("d_model")
     return {
-        "vocab_size": -(-raw["vocab_size"] // multiple) * multiple,
+        "vocab_size": -(-values.size("vocab_size") // multiple) * multiple,
         "d_model": d_model,
-        "n_layers": raw["n_layer"],
-        "d_inner": int(ssm.get("expand", 2) * d_model),
-        "dt_rank": math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
-        "d_state": ssm.get("d_state", 16),
-        "conv_width": ssm.get("d_conv", 4),
-        "tied_head": raw.get("tie_embeddings", True),
+        "n_layers": values.size("n_layer"),
+        "d_inner": ssm.multiple("expand", d_model, 2),
+        "dt_rank": ssm.size_or_auto("dt_rank", math.ceil(d_model / 16)),
+        "d_state": ssm.size("d_state", 16),
+        "conv_width": ssm.size("d_conv", 4),
+        "tied_head": values.switch("tie_embeddings", True),
     }
-
-
-def require_activation(raw: dict[str, Any], key: str, supported: str) -> None:
-    """Refuse a config.json whose activation is not the one that the kernels fuse."""
-    if raw.get(key, supported) != supported:
-        raise UserError(f"config.json: {key} = {raw[key]!r} is not supported; only {supported!r} is")
 
 
 def expansion(d_inner: int, d_model: int) -> int:

@@ -12,9 +12,10 @@ from typing_extensions import Self
 
 from ssm_dist import kernels
 from ssm_dist.models.batch import KVPages, MixerState, ModelState, RaggedBatch, StateShapes
+from ssm_dist.models.config_json import ConfigJson
 from ssm_dist.models.language_model import LanguageModel, LanguageModelConfig
 from ssm_dist.models.layers import AddRMSNorm, Linear
-from ssm_dist.models.mamba import expansion, require_activation
+from ssm_dist.models.mamba import expansion
 from ssm_dist.models.mixer import MambaMixer
 
 
@@ -33,27 +34,31 @@ class ZambaConfig(LanguageModelConfig):
     @classmethod
     def from_huggingface(cls, raw: dict[str, Any]) -> Self:
         """From a parsed config.json of transformers."""
-        require_activation(raw, "hidden_mamba_act", "silu")
-        require_activation(raw, "hidden_act", "gelu")
-        d_model, heads = raw["hidden_size"], raw.get("num_attention_heads", 16)
-        dt_rank = raw.get("mamba_dt_rank", "auto")
+        values = ConfigJson(raw)
+        values.require("hidden_mamba_act", "silu")
+        values.require("hidden_act", "gelu")
+        d_model, n_layers = values.size("hidden_size"), values.size("num_hidden_layers")
+        d_inner, heads = values.multiple("mamba_expand", d_model, 2), values.size("n_mamba_heads", 2)
+        if d_inner % heads:
+            values.refuse("n_mamba_heads", f"a divisor of mamba_expand * hidden_size = {d_inner}")
+        attention_heads, attention_head_dim = _attention(values, d_model)
         return cls(
-            vocab_size=raw["vocab_size"],
+            vocab_size=values.size("vocab_size"),
             d_model=d_model,
-            n_layers=raw["num_hidden_layers"],
-            d_inner=raw.get("mamba_expand", 2) * d_model,
-            dt_rank=math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank,
-            hybrid_layers=_hybrid_layers(raw),
-            attention_heads=heads,
-            attention_head_dim=raw.get("attention_head_dim") or 2 * d_model // heads,
-            d_mlp=raw["intermediate_size"],
-            heads=raw.get("n_mamba_heads", 2),
-            d_state=raw.get("mamba_d_state", 16),
-            conv_width=raw.get("mamba_d_conv", 4),
-            norm_eps=raw.get("rms_norm_eps", 1e-5),
-            tied_head=raw.get("tie_word_embeddings", True),
-            use_bias=raw.get("mamba_proj_bias", False),
-            use_conv_bias=raw.get("mamba_conv_bias", True),
+            n_layers=n_layers,
+            d_inner=d_inner,
+            dt_rank=values.size_or_auto("mamba_dt_rank", math.ceil(d_model / 16)),
+            hybrid_layers=_hybrid_layers(values, n_layers),
+            attention_heads=attention_heads,
+            attention_head_dim=attention_head_dim,
+            d_mlp=values.size("intermediate_size"),
+            heads=heads,
+            d_state=values.size("mamba_d_state", 16),
+            conv_width=values.size("mamba_d_conv", 4),
+            norm_eps=values.epsilon("rms_norm_eps", 1e-5),
+            tied_head=values.switch("tie_word_embeddings", True),
+            use_bias=values.switch("mamba_proj_bias", False),
+            use_conv_bias=values.switch("mamba_conv_bias", True),
         )
 
     def to_huggingface(self) -> dict[str, Any]:
@@ -85,13 +90,28 @@ class ZambaConfig(LanguageModelConfig):
         }
 
 
-def _hybrid_layers(raw: dict[str, Any]) -> tuple[int, ...]:
+def _attention(values: ConfigJson, d_model: int) -> tuple[int, int]:
+    """Attention heads and the size of each; they share 2 * d_model where the size is absent or null."""
+    heads = values.size("num_attention_heads", 16)
+    if values.get("attention_head_dim") is not None:
+        return heads, values.size("attention_head_dim")
+    if heads > 2 * d_model:
+        values.refuse("num_attention_heads", f"at most 2 * hidden_size = {2 * d_model}")
+    return heads, 2 * d_model // heads
+
+
+def _hybrid_layers(values: ConfigJson, n_layers: int) -> tuple[int, ...]:
     """Layers with attention: listed, or by the period and offset that transformers counts from layer 3."""
-    kinds = raw.get("layers_block_type") or raw.get("layer_types")
-    if kinds is not None:
-        return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
-    period, offset = raw.get("attn_layer_period", 6), raw.get("attn_layer_offset", 4)
-    return (2, *(i + 3 for i in range(raw["num_hidden_layers"] - 3) if i % period == offset))
+    for key in ("layers_block_type", "layer_types"):
+        kinds = values.get(key)
+        if kinds is not None:
+            if not isinstance(kinds, list) or len(kinds) != n_layers or "hybrid" not in kinds:
+                values.refuse(key, f'a list of num_hidden_layers = {n_layers} names, some of them "hybrid"')
+            return tuple(i for i, kind in enumerate(kinds) if kind == "hybrid")
+    if n_layers < 3:
+        values.refuse("num_hidden_layers", "at least 3 where layers_block_type does not list the layers")
+    period, offset = values.size("attn_layer_period", 6), values.size("attn_layer_offset", 4, least=0)
+    return (2, *(i + 3 for i in range(n_layers - 3) if i % period == offset))
 
 
 class HeadLinear(nn.Module):

@@ -13,7 +13,9 @@ from huggingface_hub import errors as hub_errors
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ssm_dist.build import open_source
 from ssm_dist.checkpoint import hub, open_checkpoint, resolve_dtype
+from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
 from tests.checkpoint.ours import load_ours
 from tests.oracle import random_model
@@ -162,7 +164,12 @@ def test_a_pickled_checkpoint_is_not_read_and_the_converter_is_named(tmp_path: P
 
 @pytest.mark.parametrize(
     ("config", "expected"),
-    [(None, "has no config.json"), ("{,", "not valid JSON"), ("3", "not a JSON object")],
+    [
+        (None, "has no config.json"),
+        ("{,", "not valid JSON"),
+        ("3", "config.json is not a JSON object"),
+        ("[]", "config.json is not a JSON object"),
+    ],
 )
 def test_a_bad_config_is_named(folder: Path, config: str | None, expected: str) -> None:
     (folder / "config.json").unlink()
@@ -170,6 +177,26 @@ def test_a_bad_config_is_named(folder: Path, config: str | None, expected: str) 
         (folder / "config.json").write_text(config)
     with pytest.raises(UserError, match=expected):
         open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"num_hidden_layers": 0}, "config.json: num_hidden_layers = 0: must be an integer from 1 to "),
+        ({"model_type": ["mamba"]}, 'config.json: model_type = ["mamba"]: must be a string'),
+        ({"model_type": "llama"}, "model_type 'llama' is not supported; supported: falcon_mamba"),
+    ],
+    ids=str,
+)
+def test_a_bad_value_in_config_json_is_named_with_its_folder(
+    folder: Path, change: dict[str, object], expected: str
+) -> None:
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | change))
+    config = build_config(None, {"model": {"checkpoint": str(folder)}})
+    with pytest.raises(UserError) as raised:
+        open_source(config, "cpu")
+    assert str(raised.value).startswith(f"{folder}: {expected}")
 
 
 @pytest.mark.parametrize(
