@@ -7,6 +7,7 @@ A plan is a dictionary from module path patterns to styles, `*` standing for one
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -21,7 +22,7 @@ from ssm_dist.parallel.styles import Reduction, Style
 Plan = dict[str, Style]
 
 DEGREES = range(1, 65)
-"""Degrees that an error message proposes from."""
+"""Degrees that an error message proposes from where no split dimension bounds them."""
 
 
 @dataclass(frozen=True)
@@ -195,9 +196,21 @@ def _check_degree(modules: dict[str, nn.Module], styles: dict[str, Style], degre
         return None
 
     reason = misfit(degree)
-    if reason is not None:
-        fitting = ", ".join(str(n) for n in DEGREES if misfit(n) is None)
-        raise UserError(f"degree {degree} does not divide the model: {reason}; degrees that work: {fitting}")
+    if reason is None:
+        return
+    # every degree that works divides all sizes but the padded ones
+    common = math.gcd(
+        *(
+            _true_shape(path, name, modules[path], style, 1)[dim]
+            for path, style in styles.items()
+            if not style.padded
+            for name, dim in style.shards(modules[path]).items()
+        )
+    )
+    candidates = [n for n in range(1, common + 1) if common % n == 0] or DEGREES
+    fitting = ", ".join(str(n) for n in candidates if misfit(n) is None)
+    which = "degrees" if common else f"degrees up to {DEGREES[-1]}"
+    raise UserError(f"degree {degree} does not divide the model: {reason}; {which} that work: {fitting}")
 
 
 def _as_dtensor(parameter: nn.Parameter, placement: ParameterPlacement, tp: TensorParallel) -> nn.Parameter:

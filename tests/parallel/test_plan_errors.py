@@ -4,11 +4,13 @@ import re
 from dataclasses import replace
 
 import pytest
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ssm_dist.errors import UserError
 from ssm_dist.models.language_model import LanguageModelConfig
 from ssm_dist.parallel import (
+    Adjusted,
     Plan,
     ReduceAddNorm,
     Replicated,
@@ -89,11 +91,11 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
     [
         (
             replace(MAMBA, vocab_padded=501), 3,
-            "dimension 0 of layers.0.mixer.A_log has 128 entries", "1, 2, 4, 8, 16, 32, 64",
+            "dimension 0 of layers.0.mixer.A_log has 128 entries", "1, 2, 4, 8, 16, 32, 64, 128",
         ),
         (
             replace(MAMBA, d_inner=90, vocab_padded=504), 4,
-            "dimension 0 of layers.0.mixer.A_log has 90 entries", "1, 2, 3, 5, 6, 9, 10, 15, 18, 30, 45",
+            "dimension 0 of layers.0.mixer.A_log has 90 entries", "1, 2, 3, 5, 6, 9, 10, 15, 18, 30, 45, 90",
         ),
         (
             replace(ZAMBA, vocab_padded=32000), 8,
@@ -103,7 +105,7 @@ def test_everything_that_is_wrong_is_said_at_once() -> None:
             replace(ZAMBA, d_inner=96, d_mlp=96, attention_heads=6, vocab_padded=32001), 3,
             "layers.0.mixer.x_proj has 2 heads, which ranks cannot share evenly", "1, 2, 6",
         ),
-        (MAMBA, 3, "dimension 0 of embedding.weight has 500 entries", "1, 2, 4, 8, 16, 32, 64"),
+        (MAMBA, 3, "dimension 0 of embedding.weight has 500 entries", "1, 2, 4, 8, 16, 32, 64, 128"),
     ],
     ids=["channels", "odd-channels", "attention-heads", "mamba-heads", "vocabulary"],
 )  # fmt: skip
@@ -112,6 +114,16 @@ def test_a_degree_that_does_not_fit_names_the_parameter_and_the_degrees_that_do(
 ) -> None:
     said = message(config, MAMBA_PLAN if type(config) is type(MAMBA) else ZAMBA_PLAN, degree)
     assert said == f"degree {degree} does not divide the model: {reason}; degrees that work: {working}"
+
+
+def test_where_nothing_split_bounds_the_degrees_the_message_says_how_far_it_looked() -> None:
+    class Heads(nn.Module):
+        count = 66
+
+    plan: Plan = {"": Adjusted(divisible=("count",))}
+    with pytest.raises(UserError) as error:
+        resolve_plan(Heads(), plan, 4)
+    assert str(error.value).endswith("count = 66; degrees up to 64 that work: 1, 2, 3, 6, 11, 22, 33")
 
 
 @pytest.mark.parametrize("name", ["mamba-2.8b", "falcon-mamba-7b", "zamba-7b"])
