@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.foreign import shard_module
 from ssm_dist.parallel.mesh import TensorParallel
-from ssm_dist.parallel.plan import Plan, ResolvedPlan
+from ssm_dist.parallel.plan import Plan, ResolvedPlan, require_degree
 from ssm_dist.parallel.simulated import on_simulated_ranks
 from ssm_dist.parallel.styles import Rowwise
 
@@ -41,6 +41,7 @@ def check_plan(
     tolerance: of the greatest difference, relative to the greatest value where that is above 1. The ranks are
     threads: no process group is needed, and none is touched.
     """
+    require_degree(degree)
     run = run_on_tokens if run is None else run
     with torch.random.fork_rng(devices=[]):
         whole = factory().eval()
@@ -60,8 +61,8 @@ def _run_whole(model: nn.Module, run: Run) -> Tensor:
         return run(model)
     except Exception as error:
         raise UserError(
-            f"the model does not run whole, before any plan: {error}; pass run=..., a function that calls "
-            "it as you do"
+            f"the model does not run whole, before any plan: {_said(error)}; pass run=..., a function that "
+            "calls it as you do"
         ) from error
 
 
@@ -80,12 +81,25 @@ def _run_sharded(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"the model does not run when sharded over {len(models)} ranks: {error}") from error
+        said = f"the model does not run when sharded over {len(models)} ranks: {_said(error)}"
+        raise UserError(said) from error
+
+
+def _said(error: Exception) -> str:
+    """What an error says, with its type, without which many say little or nothing; ours say all."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def run_on_tokens(model: nn.Module) -> Tensor:
-    """Logits of a language model for two sequences, and for what transformers' generate adds to them."""
-    embedding = next(module for module in model.modules() if isinstance(module, nn.Embedding))
+    """Logits of a language model for two sequences, and for what transformers' generate adds to them.
+
+    Raises `UserError` for a model without an embedding.
+    """
+    embedding = next((module for module in model.modules() if isinstance(module, nn.Embedding)), None)
+    if embedding is None:
+        raise UserError("it has no nn.Embedding to draw tokens for")
     tokens = (torch.arange(18).view(2, 9) * 7 + 1) % embedding.num_embeddings
     output = model(tokens)
     logits: Tensor = output if isinstance(output, Tensor) else output.logits

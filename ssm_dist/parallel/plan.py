@@ -69,9 +69,12 @@ class ResolvedPlan:
 def resolve_plan(model: nn.Module, plan: Plan, degree: int) -> ResolvedPlan:
     """Match a plan with a model (on any device, meta included), or say everything that does not fit.
 
-    Raises `UserError` naming patterns without a match, parameters no pattern covers, modules covered twice,
-    and parameters that the degree does not divide with the degrees that would work.
+    Raises `UserError` naming values that are no styles, patterns without a match, parameters no pattern
+    covers, modules covered twice, and parameters that the degree does not divide with the degrees that would
+    work.
     """
+    require_degree(degree)
+    _require_styles(plan)
     modules = dict(model.named_modules())
     styles, problems = _match(modules, plan)
     found: dict[int, ParameterPlacement] = {}
@@ -90,6 +93,12 @@ def resolve_plan(model: nn.Module, plan: Plan, degree: int) -> ResolvedPlan:
     reductions = {path: styles[path].reduction(modules[path], degree) for path in styles if degree > 1}
     sent = {path: reduction for path, reduction in reductions.items() if reduction is not None}
     return ResolvedPlan(list(found.values()), styles, sent)
+
+
+def require_degree(degree: int) -> None:
+    """Raise `UserError` for what is no number of ranks."""
+    if type(degree) is not int or degree < 1:
+        raise UserError(f"degree = {degree!r}: must be an integer of at least 1")
 
 
 def apply_plan(model: nn.Module, tp: TensorParallel, plan: Plan) -> ResolvedPlan:
@@ -132,6 +141,16 @@ def _replace_parameters(model: nn.Module, replacement: dict[int, nn.Parameter]) 
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = replacement.get(id(parameter), parameter)
+
+
+def _require_styles(plan: Plan) -> None:
+    problems = [
+        f"the value of pattern {pattern!r} must be a style, such as Replicated(), and is {style!r}"
+        for pattern, style in plan.items()
+        if not isinstance(style, Style)
+    ]
+    if problems:
+        raise UserError("the plan does not fit the model:\n  " + "\n  ".join(problems))
 
 
 def _match(modules: dict[str, nn.Module], plan: Plan) -> tuple[dict[str, Style], list[str]]:

@@ -84,12 +84,37 @@ def test_a_sum_that_nobody_reduces_is_caught() -> None:
 
 def test_a_model_that_does_not_run_sharded_says_at_which_degree() -> None:
     said = complaint(lambda: Packed(False), {"into": PackedBlocks(), "out": Replicated()}, 3, on_x)
-    assert "does not run when sharded over 3 ranks: " in said
+    assert "does not run when sharded over 3 ranks: RuntimeError: " in said
 
 
 def test_a_model_that_does_not_run_whole_is_not_blamed_on_the_plan() -> None:
     said = complaint(lambda: build("jamba-no-attention"), plan_for(build("jamba-no-attention")))
     assert "does not run whole, before any plan: " in said and "pass run=" in said
+
+
+def test_a_model_without_an_embedding_needs_a_run() -> None:
+    said = complaint(lambda: Packed(False), packed(PackedBlocks()))
+    assert said.startswith("the model does not run whole, before any plan: it has no nn.Embedding to draw ")
+    assert "pass run=" in said
+
+
+def test_an_error_that_says_nothing_is_named_by_its_type() -> None:
+    def run(model: nn.Module) -> Tensor:
+        raise NotImplementedError
+
+    said = complaint(lambda: Packed(False), packed(PackedBlocks()), run=run)
+    assert "does not run whole, before any plan: NotImplementedError; pass run=" in said
+
+
+@pytest.mark.parametrize("degree", [0, -1])
+def test_a_degree_without_ranks_does_not_pass(degree: int) -> None:
+    said = complaint(lambda: Packed(False), packed(PackedBlocks()), degree, on_x)
+    assert said == f"degree = {degree}: must be an integer of at least 1"
+
+
+def test_a_plan_with_a_value_that_is_no_style_is_not_run() -> None:
+    said = complaint(lambda: Packed(False), {"into": "colwise", "out": RowwiseReduce()}, run=on_x)  # type: ignore[dict-item]
+    assert "the value of pattern 'into' must be a style, such as Replicated(), and is 'colwise'" in said
 
 
 def test_rows_that_are_no_blocks_are_refused() -> None:

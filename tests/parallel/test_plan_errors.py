@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from torch import nn
@@ -124,6 +125,19 @@ def test_where_nothing_split_bounds_the_degrees_the_message_says_how_far_it_look
     with pytest.raises(UserError) as error:
         resolve_plan(Heads(), plan, 4)
     assert str(error.value).endswith("count = 66; degrees up to 64 that work: 1, 2, 3, 6, 11, 22, 33")
+
+
+@pytest.mark.parametrize("degree", [0, -1, True, 2.0, "2"])
+def test_a_degree_that_is_no_number_of_ranks_is_refused(degree: Any) -> None:
+    assert message(MAMBA, MAMBA_PLAN, degree) == f"degree = {degree!r}: must be an integer of at least 1"
+
+
+@pytest.mark.parametrize("value", ["colwise", None, Replicated], ids=str)
+def test_a_value_that_is_no_style_is_named_with_its_pattern(value: Any) -> None:
+    said = message(MAMBA, MAMBA_PLAN | {"layers.*.norm": value, "head": 3})
+    wanted = "must be a style, such as Replicated(), and is"
+    assert f"the value of pattern 'layers.*.norm' {wanted} {value!r}\n" in said
+    assert said.endswith(f"the value of pattern 'head' {wanted} 3")
 
 
 @pytest.mark.parametrize("name", ["mamba-2.8b", "falcon-mamba-7b", "zamba-7b"])
