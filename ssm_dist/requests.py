@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import difflib
 import functools
 import json
 from array import array
@@ -152,10 +153,7 @@ def parse_line(line: str, base: SamplingParams) -> tuple[Prompt, SamplingParams]
 
     Raises `UserError` that says what is wrong with the line.
     """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error}") from None
+    record = _read_json(line)
     if not isinstance(record, dict):
         raise UserError('not a JSON object; write {"prompt": "..."} or {"prompt_token_ids": [...]}')
     given = [key for key in PROMPT_KEYS if key in record]
@@ -171,15 +169,47 @@ def parse_line(line: str, base: SamplingParams) -> tuple[Prompt, SamplingParams]
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a prompts file that are not blank. Raises `UserError` when there are none to read."""
+    return list(_numbered_lines(path).values())
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file all of whose lines are needed.
+
+    Raises `UserError`, with the file and the number of the line, for the first line that is wrong.
+    """
+    prompts = []
+    for number, line in _numbered_lines(path).items():
+        try:
+            prompts.append(parse_line(line, SamplingParams())[0])
+        except UserError as error:
+            raise UserError(f"{path}, line {number}: {error}") from None
+    return prompts
+
+
+def _numbered_lines(path: Path) -> dict[int, str]:
+    """By their numbers, from 1 on, the lines that are not blank."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise UserError(f"[generation] prompts_file: cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"[generation] prompts_file: {path} is not UTF-8: {error}") from None
+    # splitlines would split strings too, at the separators that JSON allows in them
+    lines = {number: line for number, line in enumerate(text.split("\n"), 1) if line.strip()}
     if not lines:
         raise UserError(f"[generation] prompts_file: {path} has no prompts")
     return lines
+
+
+def _read_json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error.msg}: column {error.colno}") from None
+    except RecursionError:
+        raise UserError("its lists and objects are nested too deeply to be read") from None
+    except ValueError:  # beyond sys.get_int_max_str_digits()
+        raise UserError("it has a number of too many digits to be read") from None
 
 
 def _override(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
@@ -188,13 +218,18 @@ def _override(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
         return SamplingParams.model_validate(known | options)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise UserError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        name, problem = ".".join(map(str, first["loc"])), first["msg"]
+        if first["type"] == "extra_forbidden":
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            problem = f"there is no such key; the nearest valid one is {nearest}"
+        raise UserError(f"{name}: {problem}") from None
 
 
 def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
         raise UserError(
-            f"{what} needs a tokenizer, and this model has no tokenizer.json; use prompt_token_ids"
+            f"{what} needs a tokenizer, and this model has no tokenizer.json; give token ids instead, on the "
+            'command line in a generation.prompts_file: {"prompt_token_ids": [...]}'
         )
     return tokenizer
 

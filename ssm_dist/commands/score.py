@@ -12,8 +12,7 @@ from rich.table import Table
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
-from ssm_dist.requests import Prompt, parse_line, read_lines
-from ssm_dist.sampling.params import SamplingParams
+from ssm_dist.requests import Prompt, read_prompts
 
 
 def run(config: Config) -> None:
@@ -23,7 +22,7 @@ def run(config: Config) -> None:
         raise UserError("there is nothing to score: set generation.prompts or generation.prompts_file")
     texts: list[Prompt] = list(options.prompts)
     if options.prompts_file is not None:
-        texts = [parse_line(line, SamplingParams())[0] for line in read_lines(options.prompts_file)]
+        texts = read_prompts(options.prompts_file)
     llm = LLM.from_config(config)
     scores = llm.score(texts)
     if llm.loaded.tp is not None and llm.loaded.tp.rank > 0:

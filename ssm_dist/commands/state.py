@@ -11,7 +11,7 @@ from ssm_dist.commands import StateJob
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.report import run_table, size
-from ssm_dist.requests import Prompt, parse_line, read_lines
+from ssm_dist.requests import Prompt, read_prompts
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.state_file import inspect_state
 
@@ -74,7 +74,7 @@ def _prompts(job: StateJob) -> list[Prompt]:
     options = job.generation
     if options.prompts_file is None:
         return list(options.prompts)
-    return [parse_line(line, SamplingParams())[0] for line in read_lines(options.prompts_file)]
+    return read_prompts(options.prompts_file)
 
 
 def _speaks(llm: LLM) -> bool:
