@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_origin
 
 import tyro
 from pydantic import BaseModel
@@ -25,7 +26,7 @@ def read_flags(
     """
     explanation = io.StringIO()
     try:
-        with contextlib.redirect_stderr(explanation):
+        with contextlib.redirect_stderr(explanation), _unwrapped(words):
             found: dict[str, Any] = tyro.cli(
                 _arguments(schema),
                 prog=prog,
@@ -64,8 +65,33 @@ def _flag(field: FieldInfo) -> Any:
     default = field.default if field.default not in (None, ()) else "none"
     default = str(default).lower() if field.annotation is bool else default
     hint = f"(default: {default})"
-    kind: Any = Literal["true", "false"] if field.annotation is bool else field.annotation
+    kind: Any = Literal["true", "false"] if field.annotation is bool else _in_order(field.annotation)
     return Annotated[kind, tyro.conf.arg(help=field.description, help_behavior_hint=hint)]
+
+
+def _in_order(kind: Any) -> Any:
+    """`Literal[...] | None` as one Literal: tyro tells the choices of a union in an order that varies."""
+    kinds = get_args(kind)
+    if len(kinds) == 2 and kinds[1] is type(None) and get_origin(kinds[0]) is Literal:
+        return Literal[(None, *get_args(kinds[0]))]
+    return kind
+
+
+@contextlib.contextmanager
+def _unwrapped(words: Sequence[str]) -> Iterator[None]:
+    """Let tyro explain a mistake in lines as long as they are, which no path is broken by.
+
+    It wraps them at the width of the terminal, which stays that of --help.
+    """
+    before = os.environ.get("COLUMNS")
+    if not {"--help", "-h"} & set(words):
+        os.environ["COLUMNS"] = "10000"
+    try:
+        yield
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _plain(box: str) -> str:

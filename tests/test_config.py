@@ -1,5 +1,8 @@
 """The configuration: layers, types, and what a mistake in it is answered with."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,6 +196,23 @@ def test_a_missing_file_is_named(tmp_path):
 
 def test_malformed_toml_is_answered_with_its_position(job):
     assert "line 2" in mistake(job("[model]\npreset = \n"))
+
+
+@pytest.mark.parametrize("seed", ["1", "2", "3"])
+def test_choices_are_told_in_their_order_in_every_process(seed):
+    program = "from ssm_dist.cli import main; main(['--reduction.group_size', '7'])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "('None', '32', '128')" in done.stderr
+
+
+def test_an_explanation_breaks_no_path(monkeypatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = "/".join(["a_folder_of_some_length"] * 20)
+    assert path in mistake(None, "--model.preset", "a", "--output.fil", path)
+    assert "COLUMNS" not in os.environ
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
