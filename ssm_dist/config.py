@@ -157,7 +157,8 @@ class GenerationConfig(SamplingParams, Section):
     """Texts to continue."""
 
     prompts_file: Path | None = None
-    """JSONL: {"prompt": "..."} or {"prompt_token_ids": [...]} a line, any generation option beside it."""
+    """JSONL: {"prompt": "..."}, {"prompt_token_ids": [...]} or {"messages": [...]} a line, any generation
+    option beside it."""
 
     @model_validator(mode="after")
     def _has_one_source_of_prompts(self) -> GenerationConfig:
@@ -258,6 +259,20 @@ class Config(Section):
 
     output: OutputConfig = OutputConfig()
     """Where results go, besides the terminal."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _runs_the_benchmarks_models(cls, sections: Any) -> Any:
+        """A benchmark that names models needs no other: the first of them takes the place of [model]'s."""
+        if not isinstance(sections, dict):
+            return sections
+        model, benchmark = (sections.get(name, {}) for name in ("model", "benchmark"))
+        if not isinstance(model, dict) or not isinstance(benchmark, dict):
+            return sections
+        models = benchmark.get("models")
+        if not isinstance(models, (tuple, list)) or not models or set(ALTERNATIVES["model"]) & model.keys():
+            return sections
+        return sections | {"model": model | {"preset": models[0]}}
 
     @model_validator(mode="after")
     def _feeds_back_in_eager_steps(self) -> Config:

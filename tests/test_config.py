@@ -110,6 +110,14 @@ def test_prompts_on_the_command_line_replace_the_prompts_file_of_the_file(job):
     assert (generation.prompts, generation.prompts_file, generation.seed) == (("x",), None, 3)
 
 
+def test_a_benchmark_that_names_models_needs_no_other(job):
+    words = ["--benchmark.models", "b", "c", "--benchmark.cases", "1x8+4"]
+    assert load_config(None, words).model.preset == "b"
+    path = job('[model]\ndtype = "float32"\n[benchmark]\nmodels = ["c"]')
+    assert load_config(path, []).model == ModelConfig(preset="c", dtype="float32")
+    assert load_config(job('[model]\ncheckpoint = "a"'), words).model == ModelConfig(checkpoint="a")
+
+
 def test_a_generation_section_is_sampling_params():
     generation = load_config(None, ["--model.preset", "a", "--generation.top_k", "4"]).generation
     assert isinstance(generation, SamplingParams) and generation.top_k == 4
@@ -190,14 +198,6 @@ def test_an_unknown_flag_is_answered_with_the_nearest():
     assert "--parallel.tensr" in message and "--parallel.tensor" in message
 
 
-def test_a_missing_file_is_named(tmp_path):
-    assert "missing.toml: No such file" in mistake(tmp_path / "missing.toml")
-
-
-def test_malformed_toml_is_answered_with_its_position(job):
-    assert "line 2" in mistake(job("[model]\npreset = \n"))
-
-
 @pytest.mark.parametrize("seed", ["1", "2", "3"])
 def test_choices_are_told_in_their_order_in_every_process(seed):
     program = "from ssm_dist.cli import main; main(['--reduction.group_size', '7'])"
@@ -213,6 +213,14 @@ def test_an_explanation_breaks_no_path(monkeypatch):
     path = "/".join(["a_folder_of_some_length"] * 20)
     assert path in mistake(None, "--model.preset", "a", "--output.fil", path)
     assert "COLUMNS" not in os.environ
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert "missing.toml: No such file" in mistake(tmp_path / "missing.toml")
+
+
+def test_malformed_toml_is_answered_with_its_position(job):
+    assert "line 2" in mistake(job("[model]\npreset = \n"))
 
 
 def test_a_file_that_is_not_text_is_refused(tmp_path):
