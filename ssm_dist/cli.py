@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Sequence
 
-from ssm_dist.commands import COMMANDS
+from ssm_dist.commands import COMMANDS, speaks
 from ssm_dist.config_reading import build_config
 from ssm_dist.errors import UserError
 from ssm_dist.flags import read_flags
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    if {"--help", "-h", "--version"} & set(words) and os.environ.get("RANK", "0") != "0":
+    if {"--help", "-h", "--version"} & set(words) and not speaks():
         return
     if "--version" in words:
         print(f"ssm-dist {__version__}")
@@ -66,14 +66,15 @@ def _run(words: list[str]) -> None:
     module, _, action = name.partition(" ")
     if command.schema is None:
         importlib.import_module(f"ssm_dist.commands.{module}").run(words)
+    if command.alone and not speaks():
+        return
         return
     try:
         flags = read_flags(command.schema, words, prog=f"ssm-dist {name}", description=_describe(name))
     except SystemExit:  # after --help
         return
     config = build_config(flags.pop("config", None), flags, command.schema)
-    speaks = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(level=logging.INFO if speaks else logging.ERROR, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if speaks() else logging.ERROR, format="%(message)s")
     getattr(importlib.import_module(f"ssm_dist.commands.{module}"), action or "run")(config)
     _close_ranks()
 

@@ -33,12 +33,12 @@ sys.exit(cli.main())
 def torchrun(tmp_path):
     """Runs a command with this body on two ranks, within two minutes; returns the finished process."""
 
-    def start(body, *words):
+    def start(body, *words, command="generate", model="a"):
         lines = "\n".join(f"    {line}" for line in body.splitlines())
         (tmp_path / "program.py").write_text(PROGRAM.format(body=lines))
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         return subprocess.run(
-            [*launcher, tmp_path / "program.py", "--model.preset", "a", *words],
+            [*launcher, tmp_path / "program.py", command, "--model.preset", model, *words],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
@@ -62,6 +62,13 @@ def test_an_unknown_flag_is_reported_once(torchrun):
 def test_help_is_printed_once(torchrun):
     done = torchrun("pass", "--help")
     assert done.returncode == 0 and done.stdout.count("usage:") == 1
+
+
+def test_a_command_without_ranks_runs_once(torchrun):
+    done = torchrun("pass", command="plan", model="mamba-tiny")
+    assert done.returncode == 0 and done.stdout.count("weights a rank") == 1, done.stderr
+    done = torchrun("pass", command="report")
+    assert done.returncode != 0 and done.stderr.count("ssm-dist report: error") == 1
 
 
 def test_a_wrong_world_size_names_both_numbers_and_the_command_to_use(torchrun):

@@ -105,6 +105,7 @@ def test_scores_are_printed_and_written(folder: Path, tmp_path: Path):
 def test_the_plan_is_printed_without_ranks_for_any_degree():
     done = program(0, "plan", "--model.preset", "zamba-7b", "--parallel.tensor", "4")
     assert done.returncode == 0, done.stderr
+    assert "on GPUs, where a preset is bfloat16" in done.stdout
     rows = {line.split()[0]: line for line in done.stdout.splitlines() if line.split()}
     assert "Shard(1)" in rows["layers.*.mixer.in_proj.weight"]
     assert "2 x 1856 x 3712" in rows["layers.*.mixer.in_proj.weight"]

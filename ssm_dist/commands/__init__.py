@@ -8,6 +8,7 @@ are then flags and TOML keys like all others. A command that runs no model has n
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,13 @@ class Command:
 
     summary: str
     schema: type[Config] | None = Config
+    alone: bool = False
+    """Whether it takes no ranks: under torchrun rank 0 runs it, and the others have nothing to do."""
+
+
+def speaks() -> bool:
+    """Whether this process prints and writes, for all ranks: it is rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 class StateConfig(Section):
@@ -69,11 +77,17 @@ class CalibrationJob(Config):
 COMMANDS = {
     "calibrate": Command("Measure the reductions between ranks here, for --reduction.table.", CalibrationJob),
     "generate": Command("Continue prompts, and stream the text. The default, when no command is named."),
-    "kernels": Command("Time every op against its floor, its definition and its peers.", schema=None),
-    "plan": Command("Print how each parameter is placed and what a layer reduces, without any weights."),
-    "report": Command("Join runs of [benchmark], and the peers', into one page with plots.", schema=None),
+    "kernels": Command("Time every op against its floor, its definition and its peers.", None, alone=True),
+    "plan": Command(
+        "Print how each parameter is placed and what a layer reduces, without any weights.", alone=True
+    ),
+    "report": Command(
+        "Join runs of [benchmark], and the peers', into one page with plots.", None, alone=True
+    ),
     "score": Command("Log-probability of every token, and perplexity, of the texts given as prompts."),
-    "state inspect": Command("Say what a file of a saved state holds; loads no model.", InspectJob),
+    "state inspect": Command(
+        "Say what a file of a saved state holds; loads no model.", InspectJob, alone=True
+    ),
     "state resume": Command("Continue from state.file, with each of the prompts or with nothing.", StateJob),
     "state save": Command("Write the state after the prompt to state.file.", StateJob),
 }

@@ -15,10 +15,13 @@ from ssm_dist.config import Config
 from ssm_dist.parallel import ParameterPlacement, ResolvedPlan, resolve_plan
 from ssm_dist.report import size
 
+PLANNED_FOR = "cuda"
+"""Whatever this host has: what is planned here most often runs elsewhere, on GPUs."""
+
 
 def run(config: Config) -> None:
     """Print the placements and reductions of [model] at [parallel] tensor, in one process."""
-    source = open_source(config, "cuda")
+    source = open_source(config, PLANNED_FOR)
     plan = resolve_plan(build_meta(source), source.spec.plan, config.parallel.tensor)
     # paths must not be cut off where the output is not a terminal
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -26,6 +29,8 @@ def run(config: Config) -> None:
     console.print(_reductions(plan) if plan.reductions else "Reductions: none (one rank)\n")
     total = sum(p.local_bytes for p in plan.parameters)
     console.print(f"weights a rank: {size(total)}")
+    if config.model.preset is not None and config.model.dtype == "auto":
+        console.print("on GPUs, where a preset is bfloat16; on a CPU it is float32 (--model.dtype float32)")
 
 
 def _parameters(plan: ResolvedPlan, degree: int) -> Table:
