@@ -32,7 +32,8 @@ MOST_SECONDS_TO_LEAVE = 10.0
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that `argv` (by default sys.argv) names; returns the exit code.
 
-    A `UserError` is printed as one message without a traceback, anything else with one, from one rank.
+    A `UserError` is printed as one message without a traceback, as is a reduction that other ranks did not
+    come to; anything else with one. One rank prints it.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -46,7 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BROKEN_PIPE
     except UserError as error:
         return _fail(f"error: {error}")
-    except Exception:
+    except Exception as error:
+        if _is_rank_failure(error):
+            return _fail(f"error: {error}")
         return _fail(traceback.format_exc().rstrip())
 
 
@@ -63,11 +66,11 @@ def _run(words: list[str]) -> None:
         nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
         raise UserError(f"there is no command {name}; the nearest is {nearest} (see ssm-dist --help)")
     command = COMMANDS[name]
+    if command.alone and not speaks():
+        return
     module, _, action = name.partition(" ")
     if command.schema is None:
         importlib.import_module(f"ssm_dist.commands.{module}").run(words)
-    if command.alone and not speaks():
-        return
         return
     try:
         flags = read_flags(command.schema, words, prog=f"ssm-dist {name}", description=_describe(name))
@@ -96,6 +99,12 @@ def _close_ranks() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
+
+
+def _is_rank_failure(error: Exception) -> bool:
+    """Whether a reduction gave up waiting: its message names the op and the ranks, as no traceback does."""
+    reductions = sys.modules.get("ssm_dist.parallel.collectives")
+    return reductions is not None and isinstance(error, reductions.RankFailure)
 
 
 def _fail(message: str) -> int:

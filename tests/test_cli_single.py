@@ -9,6 +9,7 @@ import pytest
 
 from ssm_dist import cli
 from ssm_dist.errors import UserError
+from ssm_dist.parallel.collectives import RankFailure
 from ssm_dist.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -73,6 +74,18 @@ def test_an_unexpected_error_keeps_its_traceback(command, capsys):
     command(raising(KeyError("lost")))
     assert cli.main(PRESET) == 1
     assert "Traceback" in (printed := capsys.readouterr().err) and "KeyError: 'lost'" in printed
+
+
+def test_a_reduction_that_others_did_not_come_to_is_one_message(command, capsys):
+    def run(config):
+        try:
+            raise RuntimeError("the wait that was given up")
+        except RuntimeError as error:
+            raise RankFailure("missing: rank 1 of 2") from error
+
+    command(run)
+    assert cli.main(PRESET) == 1
+    assert capsys.readouterr() == ("", "error: missing: rank 1 of 2\n")
 
 
 def test_an_interrupt_is_quiet(command, capsys):
