@@ -8,9 +8,10 @@ from rich.table import Table
 
 from ssm_dist.build import device_type, open_source, reductions_of
 from ssm_dist.calibration import Timing, calibrate, table_of
-from ssm_dist.commands import CalibrationJob
+from ssm_dist.commands import CalibrationJob, speaks
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
+from ssm_dist.outputs import check_file
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives.tables import table_to_json
 from ssm_dist.ranks import init_ranks
@@ -20,6 +21,9 @@ def run(config: CalibrationJob) -> None:
     """Time all algorithms at the model's width, and write [calibration] file. Every rank runs this."""
     if config.parallel.tensor < 2:
         raise UserError("a single rank reduces nothing: set parallel.tensor, and start as many ranks")
+    options = config.calibration
+    if speaks():
+        check_file(options.file, "[calibration] file")
     ranks = init_ranks(config.parallel.tensor, device_type())
     kernels = backend.select(config.kernels.backend, ranks.device)
     source = open_source(config, ranks.device.type, ranks)
@@ -27,14 +31,12 @@ def run(config: CalibrationJob) -> None:
     width, tokens = source.config.d_model, config.chunk_tokens(ranks.device.type)
     if ranks.device.type == "cuda" and kernels != "reference":
         tp.share_memory(tokens, width, source.dtype, ranks.device)
-    options = config.calibration
     timings = calibrate(tp, width, source.dtype, ranks.device, tokens, options.repeats)
     if tp.rank > 0:
         return
     options.file.write_text(table_to_json(table_of(timings, tp.degree)), encoding="utf-8")
-    console = Console()
-    console.print(_shown(timings))
-    console.print(f"written to {options.file}; use it with --reduction.table {options.file}")
+    Console().print(_shown(timings))
+    print(f"written to {options.file}; use it with --reduction.table {options.file}")
 
 
 def _shown(timings: list[Timing]) -> Table:

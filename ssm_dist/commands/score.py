@@ -9,9 +9,11 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
+from ssm_dist.commands import speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
+from ssm_dist.outputs import check_file
 from ssm_dist.requests import Prompt, read_prompts
 
 
@@ -20,18 +22,19 @@ def run(config: Config) -> None:
     options = config.generation
     if not options.prompts and options.prompts_file is None:
         raise UserError("there is nothing to score: set generation.prompts or generation.prompts_file")
+    if config.output.file is not None and speaks():
+        check_file(config.output.file, "[output] file")
     texts: list[Prompt] = list(options.prompts)
     if options.prompts_file is not None:
         texts = read_prompts(options.prompts_file)
     llm = LLM.from_config(config)
     scores = llm.score(texts)
-    if llm.loaded.tp is not None and llm.loaded.tp.rank > 0:
+    if not speaks():
         return
     table = Table("text", "tokens scored", "log-probability", "perplexity")
     for index, score in enumerate(scores):
-        table.add_row(
-            str(index), str(len(score.log_probs)), f"{sum(score.log_probs):.4f}", f"{score.perplexity:.4f}"
-        )
+        shown = f"{score.perplexity:.4f}" if score.log_probs else "-"
+        table.add_row(str(index), str(len(score.log_probs)), f"{sum(score.log_probs):.4f}", shown)
     everything = [p for score in scores for p in score.log_probs]
     if everything:
         overall = math.exp(-sum(everything) / len(everything))
@@ -40,5 +43,7 @@ def run(config: Config) -> None:
     if config.output.file is not None:
         with config.output.file.open("w", encoding="utf-8") as file:
             for index, score in enumerate(scores):
-                record = {"index": index, **asdict(score), "perplexity": score.perplexity}
+                # JSON has no NaN, which is that of a single token
+                perplexity = score.perplexity if score.log_probs else None
+                record = {"index": index, **asdict(score), "perplexity": perplexity}
                 file.write(json.dumps(record) + "\n")

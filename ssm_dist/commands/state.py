@@ -7,9 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ssm_dist.commands import StateJob
+from ssm_dist.commands import StateJob, speaks
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
+from ssm_dist.outputs import check_file, write_completions
 from ssm_dist.report import run_table, size
 from ssm_dist.requests import Prompt, read_prompts
 from ssm_dist.sampling.params import SamplingParams
@@ -21,9 +22,11 @@ def save(job: StateJob) -> None:
     file, prompts = _file(job), _prompts(job)
     if len(prompts) != 1:
         raise UserError(f"a state is saved after one prompt, and {len(prompts)} are given")
+    if speaks():
+        check_file(file, "[state] file")
     llm = LLM.from_config(job)
     state = llm.save_state(file, prompts[0])
-    if _speaks(llm):
+    if speaks():
         shown = f"{file}: {len(state.token_ids)} tokens, {size(file.stat().st_size)}"
         Console(highlight=False, markup=False).print(shown, soft_wrap=True)
 
@@ -46,15 +49,19 @@ def inspect(job: StateJob) -> None:
 
 
 def resume(job: StateJob) -> None:
-    """Continue from the file with each prompt, or with nothing more."""
+    """Continue from the file with each prompt, or with nothing more; [output] file gets the answers too."""
     file, prompts = _file(job), _prompts(job) or [""]
+    if job.output.file is not None and speaks():
+        check_file(job.output.file, "[output] file")
     llm = LLM.from_config(job)
     state = llm.load_state(file)
     options = job.generation
     params = SamplingParams(**{name: getattr(options, name) for name in SamplingParams.model_fields})
     completions = llm.generate(prompts, params, after=state)
-    if not _speaks(llm):
+    if not speaks():
         return
+    if job.output.file is not None:
+        write_completions(job.output.file, completions)
     console = Console(highlight=False, markup=False)
     for prompt, completion in zip(prompts, completions, strict=True):
         console.print(f"[{completion.index}] ", style="bold cyan", end="")
@@ -75,7 +82,3 @@ def _prompts(job: StateJob) -> list[Prompt]:
     if options.prompts_file is None:
         return list(options.prompts)
     return read_prompts(options.prompts_file)
-
-
-def _speaks(llm: LLM) -> bool:
-    return llm.loaded.tp is None or llm.loaded.tp.rank == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,11 @@ def test_a_prompt_is_saved_inspected_and_resumed(tmp_path: Path, capsys: pytest.
         "def f(x): return", SamplingParams(max_new_tokens=12, ignore_eos=True)
     )[0]
     assert wanted.text is not None and wanted.text in capsys.readouterr().out
+    output = ["--output.file", str(tmp_path / "answers.jsonl")]
+    assert main(["state", "resume", *words, *options, "--generation.prompts", " return", "!", *output]) == 0
+    first, second = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert first["text"] == wanted.text and first["token_ids"] == wanted.token_ids
+    assert (first["index"], second["index"]) == (0, 1)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

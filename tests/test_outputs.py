@@ -1,0 +1,74 @@
+"""Where results go: a place that is none is one message before the work, and what is written is JSON."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from ssm_dist.cli import main
+from ssm_dist.errors import UserError
+from ssm_dist.outputs import check_file, make_folder
+from tests.engine.checkpoints import save_checkpoint
+
+NO_MODEL = ["--model.checkpoint", "/no/model/is/there"]
+
+
+@pytest.fixture(autouse=True)
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+
+
+def test_a_file_needs_a_folder_and_a_name_of_its_own(tmp_path: Path) -> None:
+    check_file(tmp_path / "new", "--out")
+    (tmp_path / "old").write_text("")
+    check_file(tmp_path / "old", "--out")
+    with pytest.raises(UserError, match=rf"--out: {tmp_path} is a folder; name a file"):
+        check_file(tmp_path, "--out")
+    for missing in (tmp_path / "none" / "file", tmp_path / "old" / "file"):
+        with pytest.raises(UserError, match=rf"--out: there is no folder {missing.parent}"):
+            check_file(missing, "--out")
+
+
+def test_a_folder_is_made_with_those_above_it_unless_a_file_is_there(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b", "--out")
+    make_folder(tmp_path / "a" / "b", "--out")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"--out: {tmp_path / 'file'} is not a folder"):
+        make_folder(tmp_path / "file", "--out")
+    with pytest.raises(UserError, match=r"--out: cannot make the folder .*: Not a directory"):
+        make_folder(tmp_path / "file" / "below", "--out")
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["--generation.prompts", "a", "--output.file"], "[output] file"),
+        (["score", "--generation.prompts", "a", "--output.file"], "[output] file"),
+        (["state", "save", "--generation.prompts", "a", "--state.file"], "[state] file"),
+        (["state", "resume", "--state.file", "any", "--output.file"], "[output] file"),
+        (["calibrate", "--parallel.tensor", "2", "--calibration.file"], "[calibration] file"),
+        (["--benchmark.cases", "1x2+3", "--benchmark.profile"], "[benchmark] profile"),
+    ],
+    ids=["generate", "score", "state save", "state resume", "calibrate", "trace"],
+)
+def test_a_file_in_no_folder_is_named_before_the_model_is_looked_for(
+    words: list[str], key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words, str(tmp_path / "none" / "file"), *NO_MODEL]) == 1
+    assert capsys.readouterr().err.endswith(f"error: {key}: there is no folder {tmp_path / 'none'}\n")
+
+
+def test_a_perplexity_of_no_token_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = save_checkpoint("mamba", tmp_path / "mamba")
+    words = ["--model.checkpoint", str(folder), "--generation.prompts", "a", "ab"]
+    assert main(["score", *words, "--output.file", str(tmp_path / "out")]) == 0
+    assert "nan" not in capsys.readouterr().out
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    lines = (tmp_path / "out").read_text().splitlines()
+    one, two = (json.loads(line, parse_constant=refuse) for line in lines)
+    assert one["perplexity"] is None and two["perplexity"] > 1
