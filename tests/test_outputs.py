@@ -60,6 +60,27 @@ def test_a_file_in_no_folder_is_named_before_the_model_is_looked_for(
     assert capsys.readouterr().err.endswith(f"error: {key}: there is no folder {tmp_path / 'none'}\n")
 
 
+def test_a_report_in_the_place_of_a_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, run = tmp_path / "file", tmp_path / "run.json"
+    file.write_text("")
+    run.write_text('{"system": "x", "cases": [], "environment": {}}')
+    assert main(["--benchmark.cases", "1x2+3", "--benchmark.folder", str(file), *NO_MODEL]) == 1
+    assert capsys.readouterr().err == f"error: [benchmark] folder: {file} is not a folder\n"
+    assert main(["report", "--out", str(file), str(run)]) == 1
+    assert capsys.readouterr().err == f"error: --out: {file} is not a folder\n"
+
+
+def test_a_benchmark_none_of_whose_cases_ran_has_failed(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--model.preset", "mamba-tiny", "--benchmark.breakdown", "false", "--benchmark.cases"]
+    assert main([*words, "17x2+2"]) == 1
+    printed = capsys.readouterr()
+    assert "max_sequences is 16" in json.loads(printed.out.splitlines()[-1])["cases"][0]["error"]
+    assert printed.err.endswith("error: none of the cases could run; the report says why of each\n")
+    assert main([*words, "17x2+2", "1x2+2"]) == 0
+
+
 def test_a_perplexity_of_no_token_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save_checkpoint("mamba", tmp_path / "mamba")
     words = ["--model.checkpoint", str(folder), "--generation.prompts", "a", "ab"]

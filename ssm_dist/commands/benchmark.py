@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -12,21 +11,27 @@ from rich.markdown import Markdown
 
 from ssm_dist.benchmark.page import page
 from ssm_dist.benchmark.program import Document, run_benchmark
+from ssm_dist.commands import speaks
 from ssm_dist.config import Config
+from ssm_dist.errors import UserError
+from ssm_dist.outputs import make_folder
 
 
 def run(config: Config) -> None:
-    """Measure all cases; rank 0 prints the tables, and the JSON document as the last line of output."""
-    folder, speaks = config.benchmark.folder, os.environ.get("RANK", "0") == "0"
-    if folder is not None and speaks:
-        folder.mkdir(parents=True, exist_ok=True)
+    """Measure all cases; rank 0 prints the tables, and the JSON document as the last line of output.
+
+    Raises `UserError`, on rank 0 and after all that, when no case could run.
+    """
+    folder = config.benchmark.folder
+    if folder is not None and speaks():
+        make_folder(folder, "[benchmark] folder")
 
     def save(document: Document) -> None:
-        if folder is not None and speaks:
+        if folder is not None and speaks():
             _write(folder / "report.json", document)
 
     document = run_benchmark(config, save)
-    if not speaks:
+    if not speaks():
         return
     save(document)
     if folder is not None:
@@ -34,6 +39,8 @@ def run(config: Config) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(Markdown(page([document], None)))
     print(json.dumps(document))
+    if all("error" in case for case in document["cases"]):
+        raise UserError("none of the cases could run; the report says why of each")
 
 
 def _write(file: Path, document: Document) -> None:

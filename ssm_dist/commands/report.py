@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ssm_dist.benchmark.page import page
+from ssm_dist.benchmark.tables import MATCH
 from ssm_dist.errors import UserError
+from ssm_dist.outputs import make_folder
 
 ABOUT = """Join runs of the benchmark, at several degrees or with several codecs, and of the peers' scripts.
 
@@ -30,7 +32,7 @@ def run(words: Sequence[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for the report")
     options = parser.parse_args(words)
     documents = [read(file) for file in options.runs]
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out, "--out")
     file = options.out / "report.md"
     file.write_text(page(documents, options.out), encoding="utf-8")
     print(file)
@@ -48,5 +50,20 @@ def read(file: Path) -> dict[str, Any]:
         except json.JSONDecodeError:
             continue
         if isinstance(document, dict) and {"system", "cases", "environment"} <= document.keys():
+            _check(document, file)
             return document
     raise UserError(f"{file} is no document of a benchmark: it needs system, environment and cases")
+
+
+def _check(document: dict[str, Any], file: Path) -> None:
+    """Raise `UserError` for a document whose cases cannot be told apart."""
+    cases = document["cases"]
+    if not isinstance(document["environment"], dict) or not isinstance(cases, list):
+        raise UserError(f"{file} is no document of a benchmark: environment is an object, and cases a list")
+    for number, case in enumerate(cases):
+        told = case if isinstance(case, dict) else {}
+        lacking = [key for key in MATCH if not isinstance(told.get(key), (str, int))]
+        if lacking:
+            raise UserError(
+                f"{file} is no document of a benchmark: case {number} lacks {', '.join(lacking)}"
+            )

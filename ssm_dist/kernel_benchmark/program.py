@@ -35,12 +35,14 @@ from rich.console import Console
 from rich.table import Table
 
 from ssm_dist import kernels
+from ssm_dist.errors import UserError
 from ssm_dist.kernel_benchmark.cases import Case, cases
 from ssm_dist.kernel_benchmark.clock import Call, Clock
 from ssm_dist.kernel_benchmark.page import markdown
 from ssm_dist.kernel_benchmark.peers import installed_peers
 from ssm_dist.kernel_benchmark.precompile import precompile
 from ssm_dist.kernels import backend, tuning
+from ssm_dist.outputs import check_file
 from ssm_dist.provenance import command, commit
 from ssm_dist.version import __version__
 
@@ -177,8 +179,10 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run what the command line asks for; raises `UserError` for what cannot run."""
     options = _parser().parse_args(words)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if options.out is not None:
+        check_file(options.out, "--out")
     deadline = time.monotonic() + options.seconds
-    wanted = [c for c in cases(options.models, options.degrees) if not options.ops or c.op in options.ops]
+    wanted = _wanted(options)
     if torch.cuda.device_count():
         precompile(wanted)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -191,7 +195,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "command": command("ssm-dist kernels", sys.argv[1:] if words is None else words),
     }  # fmt: skip
     if options.sweep:
-        report["sweep"] = [sweep(c, clock) for c in wanted if _tunable(c)]
+        report["sweep"] = [sweep(c, clock) for c in wanted]
         rows = [_best(row) for row in report["sweep"]]
         console.print(table(rows, "Sweep", SWEEP_COLUMNS))
     else:
@@ -204,11 +208,27 @@ def main(words: Sequence[str] | None = None) -> None:
     report["kernels"] = compiled_kernels()
     document = json.dumps(report)
     if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(document + "\n")
         if not options.sweep:
             options.out.with_suffix(".md").write_text(markdown(report))
     print(document)
+
+
+def _wanted(options: argparse.Namespace) -> list[Case]:
+    """The cases that the options name. Raises `UserError` when there are none."""
+    if min(options.degrees) < 1:
+        raise UserError(f"--degrees: {min(options.degrees)} is no degree; the smallest is 1")
+    known = list(cases(options.models, options.degrees))
+    if not known:
+        numbers, models = " or ".join(map(str, options.degrees)), ", ".join(options.models)
+        raise UserError(f"--degrees: {numbers} divides d_inner of none of the models ({models})")
+    wanted = [c for c in known if not options.ops or c.op in options.ops]
+    if options.sweep:
+        wanted = [c for c in wanted if _tunable(c)]
+    if not wanted:
+        what = "with configurations to sweep " if options.sweep else ""
+        raise UserError(f"--ops: none of the models has a case {what}of {', '.join(options.ops)}")
+    return wanted
 
 
 def _tunable(case: Case) -> bool:

@@ -177,6 +177,10 @@ def test_files_that_are_no_documents_are_refused(tmp_path, capsys):
     wrong.write_text('{"rows": []}')
     with pytest.raises(UserError, match="no document of a benchmark"):
         read(wrong)
+    for cases, says in (("[{}]", "case 0 lacks model, batch"), ("3", "cases a list"), ("[3]", "case 0 la")):
+        wrong.write_text(f'{{"system": "x", "cases": {cases}, "environment": {{}}}}')
+        with pytest.raises(UserError, match=f"{wrong} is no document of a benchmark: .*{says}"):
+            read(wrong)
     assert main(["report", "--out", str(tmp_path), str(tmp_path / "none.json")]) == 1
     assert "cannot read" in capsys.readouterr().err
 
