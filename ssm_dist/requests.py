@@ -228,8 +228,8 @@ def _override(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
 def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
     if tokenizer is None:
         raise UserError(
-            f"{what} needs a tokenizer, and this model has no tokenizer.json; give token ids instead, on the "
-            'command line in a generation.prompts_file: {"prompt_token_ids": [...]}'
+            f"{what} needs a tokenizer, and this model has no tokenizer.json; give token ids instead, in a "
+            'generation.prompts_file: {"prompt_token_ids": [...]}'
         )
     return tokenizer
 

@@ -72,6 +72,18 @@ def test_a_report_in_the_place_of_a_file_is_refused(
     assert capsys.readouterr().err == f"error: --out: {file} is not a folder\n"
 
 
+def test_prompts_none_of_which_can_run_are_said_once_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model.preset", "mamba-tiny", "--generation.prompts", "a", "b"]
+    assert main([*words, "--output.file", str(tmp_path / "out")]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("needs a tokenizer") == 2
+    assert "error: none of the prompts could run\n[0] a text prompt" in printed.err
+    records = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [set(record) for record in records] == [{"index", "error"}] * 2
+
+
 def test_a_benchmark_none_of_whose_cases_ran_has_failed(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--model.preset", "mamba-tiny", "--benchmark.breakdown", "false", "--benchmark.cases"]
     assert main([*words, "17x2+2"]) == 1

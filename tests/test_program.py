@@ -158,6 +158,13 @@ def test_a_degree_that_does_not_divide_is_one_message_with_the_degrees_that_do()
     assert "degrees that work: 1, 2, 4, 8, 16, 32, 64" in done.stderr
 
 
+def test_prompts_none_of_which_can_run_end_all_ranks_with_one_message_and_a_record(tmp_path: Path):
+    output = tmp_path / "out.jsonl"
+    done = program(2, "--model.preset", "mamba-tiny", "--generation.prompts", "x", "--output.file", output)
+    assert done.returncode != 0 and done.stderr.count("a text prompt needs a tokenizer") == 1, done.stderr
+    assert "tokenizer" not in done.stdout and "tokenizer" in json.loads(output.read_text())["error"]
+
+
 def test_without_prompts_the_program_says_so():
     done = program(0, "--model.preset", "mamba-tiny")
     assert done.returncode == 1 and done.stderr.count("error: there is nothing to do") == 1

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import defaultdict
-from pathlib import Path
 from types import TracebackType
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
-from ssm_dist.commands import benchmark
+from ssm_dist.commands import benchmark, speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
-from ssm_dist.generation import Collector, Completion, TokenEvent
+from ssm_dist.generation import Collector, TokenEvent
 from ssm_dist.llm import LLM
+from ssm_dist.outputs import check_file, write_completions
 from ssm_dist.report import run_table
 from ssm_dist.requests import Request, read_lines
 from ssm_dist.sampling.params import SamplingParams
@@ -36,10 +34,9 @@ def run(config: Config) -> None:
         raise UserError("there is nothing to do: set generation.prompts or generation.prompts_file")
     lines = [] if options.prompts_file is None else read_lines(options.prompts_file)
     base = SamplingParams(**{name: getattr(options, name) for name in SamplingParams.model_fields})
-    if config.output.file is not None:
-        _check_writable(config.output.file)
+    if config.output.file is not None and speaks():
+        check_file(config.output.file, "[output] file")
     llm = LLM.from_config(config)
-    speaks = llm.loaded.tp is None or llm.loaded.tp.rank == 0
     logging.getLogger(__name__).info("reductions: %s", llm.reduction)
     requests = (
         llm.prepare_lines(lines, base)
@@ -47,20 +44,24 @@ def run(config: Config) -> None:
         else llm.prepare(list(options.prompts), [base] * len(options.prompts))
     )
     collector = Collector(requests, with_text=llm.tokenizer is not None)
-    printer = Printer(requests, Console(highlight=False, markup=False)) if speaks else None
-    console = Console(stderr=True, quiet=not speaks)
+    none_runs = all(request.error is not None for request in requests)
+    shows = speaks() and not none_runs
+    printer = Printer(requests, Console(highlight=False, markup=False)) if shows else None
+    console = Console(stderr=True, quiet=not shows)
     with Reading(requests, llm.loaded.chunk_tokens, console) as reading:
         for event in llm.run(requests, reading.add):
             reading.end()
             collector.add(event)
             if printer is not None:
                 printer.add(event)
-    if speaks:
-        if config.output.file is not None:
-            _write(config.output.file, collector.completions)
-        Console().print(run_table(llm, collector.completions))
-    if all(c.error is not None for c in collector.completions):
-        raise UserError(f"none of the prompts could run; the first one: {collector.completions[0].error}")
+    if not speaks():
+        return
+    if config.output.file is not None:
+        write_completions(config.output.file, collector.completions)
+    if none_runs:
+        reasons = "\n".join(f"[{c.index}] {c.error}" for c in collector.completions)
+        raise UserError(f"none of the prompts could run\n{reasons}")
+    Console().print(run_table(llm, collector.completions))
 
 
 class Reading:
@@ -133,36 +134,3 @@ class Printer:
             self._console.print("\n")
             self._open = False
         return event.finish_reason is not None
-
-
-def _check_writable(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise UserError(f"[output] file: there is no folder {path.parent}")
-
-
-def _write(path: Path, completions: list[Completion]) -> None:
-    """One JSON object a line, in the order of the prompts."""
-    with path.open("w", encoding="utf-8") as file:
-        for completion in completions:
-            _write_line(file, completion)
-
-
-def _write_line(file: TextIO, completion: Completion) -> None:
-    record: dict[str, object] = {"index": completion.index}
-    if completion.error is not None:
-        record["error"] = completion.error
-    else:
-        if completion.prompt is None:
-            record["prompt_token_ids"] = completion.prompt_token_ids
-        else:
-            record["prompt"] = completion.prompt
-        record |= {
-            "token_ids": completion.token_ids,
-            "text": completion.text,
-            "finish_reason": completion.finish_reason,
-            "seconds_to_first_token": completion.seconds_to_first_token,
-            "seconds": completion.seconds,
-        }
-        if completion.logprobs:
-            record |= {"logprobs": completion.logprobs, "top_logprobs": completion.top_logprobs}
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
