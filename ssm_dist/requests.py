@@ -172,18 +172,18 @@ def read_lines(path: Path) -> list[str]:
     return list(_numbered_lines(path).values())
 
 
-def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file all of whose lines are needed.
+def read_prompts(path: Path, base: SamplingParams) -> list[tuple[Prompt, SamplingParams]]:
+    """What `parse_line` gives of each line of a file all of whose lines are needed.
 
     Raises `UserError`, with the file and the number of the line, for the first line that is wrong.
     """
-    prompts = []
+    parsed = []
     for number, line in _numbered_lines(path).items():
         try:
-            prompts.append(parse_line(line, SamplingParams())[0])
+            parsed.append(parse_line(line, base))
         except UserError as error:
             raise UserError(f"{path}, line {number}: {error}") from None
-    return prompts
+    return parsed
 
 
 def _numbered_lines(path: Path) -> dict[int, str]:

@@ -33,7 +33,7 @@ def run(config: Config) -> None:
     if not options.prompts and options.prompts_file is None:
         raise UserError("there is nothing to do: set generation.prompts or generation.prompts_file")
     lines = [] if options.prompts_file is None else read_lines(options.prompts_file)
-    base = SamplingParams(**{name: getattr(options, name) for name in SamplingParams.model_fields})
+    base = SamplingParams.of(options)
     if config.output.file is not None and speaks():
         check_file(config.output.file, "[output] file")
     llm = LLM.from_config(config)

@@ -15,6 +15,7 @@ from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.outputs import check_file
 from ssm_dist.requests import Prompt, read_prompts
+from ssm_dist.sampling.params import SamplingParams
 
 
 def run(config: Config) -> None:
@@ -26,7 +27,7 @@ def run(config: Config) -> None:
         check_file(config.output.file, "[output] file")
     texts: list[Prompt] = list(options.prompts)
     if options.prompts_file is not None:
-        texts = read_prompts(options.prompts_file)
+        texts = [text for text, _ in read_prompts(options.prompts_file, SamplingParams())]
     llm = LLM.from_config(config)
     scores = llm.score(texts)
     if not speaks():

@@ -19,7 +19,7 @@ from ssm_dist.state_file import inspect_state
 
 def save(job: StateJob) -> None:
     """Write the state after the one prompt."""
-    file, prompts = _file(job), _prompts(job)
+    file, prompts = _file(job), [prompt for prompt, _ in _prompts(job)]
     if len(prompts) != 1:
         raise UserError(f"a state is saved after one prompt, and {len(prompts)} are given")
     if speaks():
@@ -50,13 +50,12 @@ def inspect(job: StateJob) -> None:
 
 def resume(job: StateJob) -> None:
     """Continue from the file with each prompt, or with nothing more; [output] file gets the answers too."""
-    file, prompts = _file(job), _prompts(job) or [""]
+    file, given = _file(job), _prompts(job) or [("", SamplingParams.of(job.generation))]
     if job.output.file is not None and speaks():
         check_file(job.output.file, "[output] file")
     llm = LLM.from_config(job)
     state = llm.load_state(file)
-    options = job.generation
-    params = SamplingParams(**{name: getattr(options, name) for name in SamplingParams.model_fields})
+    prompts, params = [prompt for prompt, _ in given], [sampling for _, sampling in given]
     completions = llm.generate(prompts, params, after=state)
     if not speaks():
         return
@@ -77,8 +76,9 @@ def _file(job: StateJob) -> Path:
     return job.state.file
 
 
-def _prompts(job: StateJob) -> list[Prompt]:
-    options = job.generation
+def _prompts(job: StateJob) -> list[tuple[Prompt, SamplingParams]]:
+    """Those of the job, each with its options."""
+    options, base = job.generation, SamplingParams.of(job.generation)
     if options.prompts_file is None:
-        return list(options.prompts)
-    return read_prompts(options.prompts_file)
+        return [(prompt, base) for prompt in options.prompts]
+    return read_prompts(options.prompts_file, base)

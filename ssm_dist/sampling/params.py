@@ -64,8 +64,14 @@ class SamplingParams(BaseModel, frozen=True, extra="forbid", use_attribute_docst
             raise ValueError("a stop string is empty, so it would stop every text at once; remove it")
         return value
 
+    @classmethod
+    def of(cls, section: BaseModel) -> "SamplingParams":
+        """Those of a section of the configuration, which has these keys among others."""
+        return SamplingParams(**{name: getattr(section, name) for name in SamplingParams.model_fields})
+
     @property
     def greedy(self) -> bool:
+        """Whether the most likely token is taken."""
         return self.temperature == 0.0
 
     @property

@@ -11,6 +11,8 @@ from ssm_dist.errors import UserError
 from ssm_dist.requests import parse_line, prepare, read_lines, read_prompts
 from ssm_dist.sampling.params import SamplingParams
 
+BASE = SamplingParams(seed=5)
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
@@ -21,7 +23,7 @@ def file(tmp_path: Path) -> Path:
 def test_separators_that_json_allows_in_a_string_end_no_line(file: Path, separator: str) -> None:
     text = f"a{separator}b"
     file.write_text(json.dumps({"prompt": text}, ensure_ascii=False) + '\n{"prompt": "c"}\n', "utf-8")
-    assert read_prompts(file) == [text, "c"]
+    assert read_prompts(file, BASE) == [(text, BASE), ("c", BASE)]
 
 
 @pytest.mark.parametrize("separator", ["\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"], ids=ascii)
@@ -35,7 +37,7 @@ def test_a_control_character_in_a_string_is_the_mistake_of_one_line(file: Path, 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_accepted(file: Path) -> None:
     file.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\r\n{"prompt": "b"}\r\n')
-    assert read_prompts(file) == ["a", "b"]
+    assert read_prompts(file, BASE) == [("a", BASE), ("b", BASE)]
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_what_cannot_be_read_is_a_users_mistake(line: str, says: str) -> None:
 def test_where_all_lines_are_needed_the_wrong_one_is_named_by_file_and_number(file: Path) -> None:
     file.write_text('{"prompt": "a"}\n\n  \nnot json\n')
     with pytest.raises(UserError) as caught:
-        read_prompts(file)
+        read_prompts(file, BASE)
     assert str(caught.value).startswith(f"{file}, line 4: not valid JSON: ")
 
 

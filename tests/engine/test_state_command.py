@@ -32,6 +32,11 @@ def test_a_prompt_is_saved_inspected_and_resumed(tmp_path: Path, capsys: pytest.
     first, second = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
     assert first["text"] == wanted.text and first["token_ids"] == wanted.token_ids
     assert (first["index"], second["index"]) == (0, 1)
+    lines = tmp_path / "prompts.jsonl"
+    lines.write_text('{"prompt": " return", "max_new_tokens": 3}\n{"prompt": " return"}\n')
+    assert main(["state", "resume", *words, *options, "--generation.prompts_file", str(lines), *output]) == 0
+    first, second = map(json.loads, (tmp_path / "answers.jsonl").read_text().splitlines())
+    assert (len(first["token_ids"]), len(second["token_ids"])) == (3, 12)
 
 
 def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
