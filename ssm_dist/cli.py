@@ -6,7 +6,6 @@ that `--help` and mistakes in the configuration answer at once.
 
 from __future__ import annotations
 
-import difflib
 import gc
 import importlib
 import logging
@@ -18,7 +17,7 @@ from collections.abc import Sequence
 
 from ssm_dist.commands import COMMANDS, speaks
 from ssm_dist.config_reading import build_config
-from ssm_dist.errors import UserError
+from ssm_dist.errors import UserError, nearest
 from ssm_dist.flags import read_flags
 from ssm_dist.version import __version__
 
@@ -63,8 +62,8 @@ def _run(words: list[str]) -> None:
     if words and f"{name} {words[0]}" in COMMANDS:
         name = f"{name} {words.pop(0)}"
     if name not in COMMANDS:
-        nearest = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.0)[0]
-        raise UserError(f"there is no command {name}; the nearest is {nearest} (see ssm-dist --help)")
+        close = nearest(name, COMMANDS)
+        raise UserError(f"there is no command {name}; the nearest is {close} (see ssm-dist --help)")
     command = COMMANDS[name]
     if command.alone and not speaks():
         return

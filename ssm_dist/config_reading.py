@@ -5,7 +5,6 @@ What is wrong with it is one line a mistake, which names the source and the near
 
 from __future__ import annotations
 
-import difflib
 import reprlib
 import sys
 from pathlib import Path
@@ -15,7 +14,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ssm_dist.config import ALTERNATIVES, Config
-from ssm_dist.errors import UserError
+from ssm_dist.errors import UserError, nearest
 from ssm_dist.flags import read_flags
 
 if sys.version_info >= (3, 11):
@@ -100,4 +99,4 @@ def _nearest(schema: type[Config], name: str) -> str:
     keys = [f"{section}.{key}" for section, kind in sections.items() for key in kind.model_fields]
     same_key = [known for known in keys if known.split(".")[1] == name.split(".")[-1]]
     candidates = same_key or (keys if "." in name else [*sections, *keys])
-    return difflib.get_close_matches(name, candidates, n=1, cutoff=0.0)[0]
+    return nearest(name, candidates)

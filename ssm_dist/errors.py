@@ -1,4 +1,7 @@
-"""The one exception that stands for a user's mistake."""
+"""The one exception that stands for a user's mistake, and what its messages propose."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -6,3 +9,8 @@ class UserError(ValueError):
 
     Raised on every rank alike; the command line prints it once, from one rank, without a traceback.
     """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Of some known names, of which there is at least one, that which is most like `name`."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]

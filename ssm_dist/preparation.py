@@ -9,7 +9,8 @@ from typing import TypeVar
 from ssm_dist.build import LoadedModel
 from ssm_dist.errors import UserError
 from ssm_dist.parallel.collectives import broadcast_bytes
-from ssm_dist.requests import Prompt, Request, appended, as_list, from_bytes, parse_line, prepare, to_bytes
+from ssm_dist.prompts_file import parse_line
+from ssm_dist.requests import Prompt, Request, appended, as_list, from_bytes, prepare, to_bytes
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.state_cache import StateCache
 

@@ -11,8 +11,9 @@ from ssm_dist.commands import StateJob, speaks
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.outputs import check_file, write_completions
+from ssm_dist.prompts_file import read_prompts
 from ssm_dist.report import run_table, size
-from ssm_dist.requests import Prompt, read_prompts
+from ssm_dist.requests import Prompt
 from ssm_dist.sampling.params import SamplingParams
 from ssm_dist.state_file import inspect_state
 

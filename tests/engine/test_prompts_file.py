@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from ssm_dist.errors import UserError
-from ssm_dist.requests import parse_line, prepare, read_lines, read_prompts
+from ssm_dist.prompts_file import parse_line, read_lines, read_prompts
+from ssm_dist.requests import prepare
 from ssm_dist.sampling.params import SamplingParams
 
 BASE = SamplingParams(seed=5)
