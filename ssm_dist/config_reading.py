@@ -83,6 +83,9 @@ def _explain(
     given = flags.get(section, {}).keys()
     beside_file = key in given if key else bool(given & set(ALTERNATIVES.get(section, ())))
     source = path if path and not beside_file else given_by
+    if mistake["type"] == "extra_forbidden" and not key and isinstance(mistake["input"], dict):
+        close = nearest(section, schema.model_fields)
+        return f"{source}: unknown section [{section}]; the nearest valid one is [{close}]"
     if mistake["type"] == "extra_forbidden":
         return f"{source}: unknown key {name}; the nearest valid one is {_nearest(schema, name)}"
     if mistake["type"] == "value_error" and not key:

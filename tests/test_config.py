@@ -145,15 +145,15 @@ def test_a_model_is_required_without_any_file():
 @pytest.mark.parametrize(
     ("text", "unknown", "nearest"),
     [
-        ("[parallel]\ntensr = 2", "parallel.tensr", "parallel.tensor"),
-        ("[paralel]\ntensor = 2", "paralel", "parallel"),
-        ("[generation]\nchunk_tokens = 2", "generation.chunk_tokens", "prefill.chunk_tokens"),
-        ("temperature = 2", "temperature", "generation.temperature"),
+        ("[parallel]\ntensr = 2", "key parallel.tensr", "parallel.tensor"),
+        ("[paralel]\ntensor = 2", "section [paralel]", "[parallel]"),
+        ("[generation]\nchunk_tokens = 2", "key generation.chunk_tokens", "prefill.chunk_tokens"),
+        ("temperature = 2", "key temperature", "generation.temperature"),
     ],
 )
 def test_an_unknown_key_is_named_with_its_file_and_the_nearest_valid_one(job, text, unknown, nearest):
     path = job(f'{text}\n[model]\npreset = "a"')
-    assert mistake(path) == f"{path}: unknown key {unknown}; the nearest valid one is {nearest}"
+    assert mistake(path) == f"{path}: unknown {unknown}; the nearest valid one is {nearest}"
 
 
 @pytest.mark.parametrize(
