@@ -269,8 +269,10 @@ class Config(Section):
         model, benchmark = (sections.get(name, {}) for name in ("model", "benchmark"))
         if not isinstance(model, dict) or not isinstance(benchmark, dict):
             return sections
-        models = benchmark.get("models")
-        if not isinstance(models, (tuple, list)) or not models or set(ALTERNATIVES["model"]) & model.keys():
+        models, measures = benchmark.get("models"), benchmark.get("batches") or benchmark.get("cases")
+        if not measures or not isinstance(models, (tuple, list)) or not models:
+            return sections
+        if not isinstance(models[0], str) or set(ALTERNATIVES["model"]) & model.keys():
             return sections
         return sections | {"model": model | {"preset": models[0]}}
 

@@ -122,6 +122,11 @@ class Run:
         return bool(self._active)
 
     @property
+    def ended(self) -> bool:
+        """Whether no request waits or runs, and no step is on its way."""
+        return not self._active and not self._pending
+
+    @property
     def indices(self) -> list[int]:
         """Of the requests that wait or run, in order of arrival."""
         return list(self._active)

@@ -61,8 +61,8 @@ class LLM:
         self.prefixes = PrefixCache(self.cache, prefix_limits(config.cache, loaded.chunk_tokens))
         self._preparer = Preparer(loaded, self.cache)
         self._session: Session | None = None
-        self._half_read = 0
-        """Streams that have begun and not ended."""
+        self._streamed: list[Run] = []
+        """Of streams that somebody reads."""
         self.engine = start_engine(loaded, self.cache, config)
 
     @property
@@ -132,8 +132,8 @@ class LLM:
     ) -> Generator[TokenEvent, None, None]:
         """Answer all prompts, yielding each token as it is sampled; ranks iterate alike.
 
-        Raises as `generate`, at once. A stream that is half-read holds its slots: read it to its end, or
-        `close` it.
+        Raises as `generate`, at once; what comes up later, such as a session, at the next token, which ends
+        the stream. One that is half-read holds its slots: read it to its end, or `close` it.
         """
         self._require_no_session()
         return self.run(self._preparer.runnable(prompts, params))
@@ -260,11 +260,12 @@ class LLM:
     ) -> Generator[TokenEvent, None, None]:
         """`run`, from the moment when the first token is asked for."""
         self._require_no_session()  # one may have been opened since
-        self._half_read += 1
+        run = self._new_run()
+        self._streamed.append(run)
         try:
-            yield from self._new_run().events(requests, on_prompt)
+            yield from run.events(requests, on_prompt)
         finally:
-            self._half_read -= 1
+            self._streamed.remove(run)
 
     def _require_no_session(self) -> None:
         """Before anything else that takes all ranks: the others may be in `follow`, and the engine busy."""
@@ -272,7 +273,7 @@ class LLM:
             raise UserError("a session is open on this model; submit prompts to it, or close it first")
 
     def _require_no_stream(self) -> None:
-        if self._half_read:
+        if not all(run.ended for run in self._streamed):
             raise UserError("a stream of this model is half-read; read it to its end, or close it first")
 
     def _new_run(self) -> Run:

@@ -1,42 +1,13 @@
-"""Where results go: places that are checked before the work, and records that are written after it."""
+"""Answers as a file of JSON objects."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ssm_dist.errors import UserError
 from ssm_dist.generation import Completion
-
-
-def check_file(path: Path, what: str) -> None:
-    """Raise `UserError` where no file can be written at `path`; folders are not made for it.
-
-    what: what the message begins with, such as the key that names the file.
-    """
-    folder = path.parent
-    if os.path.isdir(path):
-        raise UserError(f"{what}: {path} is a folder; name a file")
-    if not os.path.isdir(folder):
-        raise UserError(f"{what}: there is no folder {folder}")
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK):
-        raise UserError(f"{what}: {path} may not be written")
-
-
-def make_folder(path: Path, what: str) -> None:
-    """Make a folder for several files, with those above it. Raises `UserError` where that cannot be done.
-
-    what: as for `check_file`.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise UserError(f"{what}: {path} is not a folder") from None
-    except OSError as error:
-        raise UserError(f"{what}: cannot make the folder {path}: {error.strerror}") from None
 
 
 def write_completions(path: Path, completions: Iterable[Completion]) -> None:

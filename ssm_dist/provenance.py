@@ -18,9 +18,9 @@ def command(program: str, words: Sequence[str]) -> str:
 
 
 def _started_by() -> list[str]:
-    """torchrun and how many ranks it started, as it tells them; nothing for one."""
-    ranks, here = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if ranks == 1:
+    """torchrun and how many ranks it started, as it tells them; nothing for one, or for other launchers."""
+    ranks, here = (int(os.environ.get(name, "0")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if ranks < 2 or not here:
         return []
     hosts = ["--standalone"] if ranks == here else [f"--nnodes {ranks // here}"]
     return ["torchrun", *hosts, f"--nproc-per-node {here}"]

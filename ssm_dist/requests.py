@@ -45,9 +45,13 @@ def prepare(
     if not isinstance(params, SamplingParams):
         kind = type(params).__name__
         raise UserError(f"params must be SamplingParams, one for all or a list of one a prompt; not {kind}")
+    if type(params) is not SamplingParams:  # of the configuration, whose other keys no rank would take
+        params = SamplingParams.of(params)
     text: str | None = None
     if isinstance(prompt, dict):
-        text = _need(tokenizer, "a messages prompt").apply_chat_template(_messages(prompt))
+        if "messages" not in prompt:
+            raise UserError(f'this dictionary has no "messages"; a prompt is {PROMPT_FORMS}')
+        text = _need(tokenizer, "a messages prompt").apply_chat_template(prompt["messages"])
         # the template spells out its special tokens, so encoding must not add them again
         token_ids = _need(tokenizer, "a messages prompt").encode(text, add_special_tokens=False)
     elif isinstance(prompt, str):
@@ -154,22 +158,6 @@ def _need(tokenizer: Tokenizer | None, what: str) -> Tokenizer:
 
 def _no_prompt(given: object) -> UserError:
     return UserError(f"a prompt is {PROMPT_FORMS}, several are a list of these; not {type(given).__name__}")
-
-
-def _messages(prompt: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those of a prompt for the chat template. Raises `UserError` for what a template cannot mean."""
-    if "messages" not in prompt:
-        raise UserError(f'this dictionary has no "messages"; a prompt is {PROMPT_FORMS}')
-    messages = prompt["messages"]
-    if not isinstance(messages, list) or not messages or not all(map(_is_message, messages)):
-        raise UserError(
-            'messages must be a list of at least one {"role": ..., "content": ...}, and nothing else'
-        )
-    return messages
-
-
-def _is_message(given: object) -> bool:
-    return isinstance(given, dict) and {"role", "content"} <= given.keys()
 
 
 def _check_ids(prompt: list[Any]) -> list[int]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ssm_dist.build import LoadedModel
 from ssm_dist.engine import Engine
 from ssm_dist.errors import UserError
+from ssm_dist.generation import NO_ROOM
 from ssm_dist.parallel.collectives import broadcast_bytes, tp_all_gather
 from ssm_dist.prefix_cache import PrefixCache
 from ssm_dist.prefix_limits import chunk_grid
@@ -121,7 +122,7 @@ def _state_after(engine: Engine, prefixes: PrefixCache, token_ids: list[int], ch
     """The state that has absorbed all tokens but the last, computed from the longest known prefix on."""
     place = prefixes.acquire(token_ids, len(token_ids))
     if place is None:
-        raise UserError("there is no free slot for the state; save it when fewer requests run")
+        raise UserError(NO_ROOM)
     sequence = Sequence(-1, token_ids, SamplingParams())
     sequence.slot, start = place
     limits = prefixes.limits

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ssm_dist.checkpoint.headers import DamagedFile, read_header
 from ssm_dist.errors import UserError
-from ssm_dist.outputs import check_file
+from ssm_dist.places import check_file
 
 FORMAT = "ssm-dist state 1"
 
@@ -52,7 +52,7 @@ def write_state(file: Path, info: StateInfo, tensors: dict[str, Tensor]) -> None
 
     Raises `UserError` when it cannot be written.
     """
-    check_file(file, f"cannot write {file}")
+    check_file(file, f"cannot write {file}", replaced=True)
     partial = file.with_name(f".{file.name}.partial-{os.getpid()}")
     try:
         save_file(tensors, partial, metadata={"format": FORMAT, **asdict(info)})

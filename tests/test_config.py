@@ -113,9 +113,12 @@ def test_prompts_on_the_command_line_replace_the_prompts_file_of_the_file(job):
 def test_a_benchmark_that_names_models_needs_no_other(job):
     words = ["--benchmark.models", "b", "c", "--benchmark.cases", "1x8+4"]
     assert load_config(None, words).model.preset == "b"
-    path = job('[model]\ndtype = "float32"\n[benchmark]\nmodels = ["c"]')
+    path = job('[model]\ndtype = "float32"\n[benchmark]\nmodels = ["c"]\ncases = ["1x8+4"]')
     assert load_config(path, []).model == ModelConfig(preset="c", dtype="float32")
     assert load_config(job('[model]\ncheckpoint = "a"'), words).model == ModelConfig(checkpoint="a")
+    for no_benchmark in (words[:3], ["--benchmark.cases", "1x8+4"]):
+        with pytest.raises(UserError, match="no model is named"):
+            load_config(None, no_benchmark)
 
 
 def test_a_generation_section_is_sampling_params():

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 INTERVAL = 0.05
 """Seconds from reading to reading."""
+LONG_ENOUGH = 2.0
+"""Seconds over which energy, which is counted in steps, tells the power."""
 SM_CLOCK, POWER_CAP = 1, 0x4
 """Of NVML's interface: NVML_CLOCK_SM, and nvmlClocksEventReasonSwPowerCap."""
 
@@ -60,14 +62,14 @@ class ClockWatch:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
+        self._thread.join(timeout=5.0)
 
     def over(self, spans: Iterable[Span]) -> dict[str, Any] | None:
         """Of all readings within the spans: None where no two came within one.
 
-        mhz: the median clock; watts: of the energy from a span's first reading to its last, some per cent off
-        for spans of half a second, since it is counted in steps; capped: the share of readings at which power
-        had lowered the clock.
+        mhz: the median clock; watts: of the energy from a span's first reading to its last, or None of less
+        than LONG_ENOUGH seconds in all, over which it was up to 40 % off; capped: the share of readings at
+        which the driver said that power lowers the clock, which it still does for a while after it did.
         """
         found: list[Reading] = []
         seconds = joules = 0.0
@@ -81,7 +83,7 @@ class ClockWatch:
             return None
         return {
             "mhz": round(statistics.median(r.mhz for r in found)),
-            "watts": round(joules / seconds),
+            "watts": round(joules / seconds) if seconds >= LONG_ENOUGH else None,
             "capped": round(sum(r.capped for r in found) / len(found), 3),
         }
 

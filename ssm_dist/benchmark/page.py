@@ -44,7 +44,8 @@ NOTES = """A case BxP+G is B prompts of P random tokens that arrive together, wi
 are medians, ± is the distance between the fastest and the slowest repeat. Floors and kernel times are of one
 GPU: weights and states at the bandwidth of a large copy, products at the rate of a large one, the scan's
 special functions. The gap is what a step takes beyond its kernels, below zero where profiling slowed them.
-MHz and W are rank 0's GPU's meanwhile; where its power is capped, the clock is below that of the floors.
+MHz and W are rank 0's GPU's meanwhile, W in runs of two seconds and more; where its power is capped, the
+clock is below that of the floors.
 × 1 GPU is against our own figure, × best peer against the best other system on as many GPUs. Systems marked
 as quoted did not run on this machine: ratios to them are no measurements.
 """

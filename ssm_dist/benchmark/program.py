@@ -29,7 +29,6 @@ from ssm_dist.capture import resolve_mode
 from ssm_dist.config import Config, ReductionConfig
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
-from ssm_dist.outputs import check_file
 from ssm_dist.provenance import command, commit
 from ssm_dist.ranks import init_ranks
 from ssm_dist.version import __version__
@@ -48,8 +47,6 @@ def run_benchmark(config: Config, save: Callable[[Document], None] = lambda docu
     cannot run at all.
     """
     grid, cases = config.benchmark, cases_of(config.benchmark)
-    if grid.profile is not None:
-        check_file(grid.profile, "[benchmark] profile")
     if config.cache.prefix_device_bytes:
         raise UserError(
             "a benchmark repeats its prompts, and must read them: set cache.prefix_device_bytes = 0"

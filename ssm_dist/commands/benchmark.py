@@ -14,7 +14,7 @@ from ssm_dist.benchmark.program import Document, run_benchmark
 from ssm_dist.commands import speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
-from ssm_dist.outputs import make_folder
+from ssm_dist.places import check_file, make_folder
 
 
 def run(config: Config) -> None:
@@ -22,7 +22,9 @@ def run(config: Config) -> None:
 
     Raises `UserError`, on rank 0 and after all that, when no case could run.
     """
-    folder = config.benchmark.folder
+    folder, profile = config.benchmark.folder, config.benchmark.profile
+    if profile is not None and speaks():
+        check_file(profile, "[benchmark] profile")
     if folder is not None and speaks():
         make_folder(folder, "[benchmark] folder")
 

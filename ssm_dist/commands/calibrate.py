@@ -11,9 +11,9 @@ from ssm_dist.calibration import Timing, calibrate, table_of
 from ssm_dist.commands import CalibrationJob, speaks
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
-from ssm_dist.outputs import check_file
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives.tables import table_to_json
+from ssm_dist.places import check_file
 from ssm_dist.ranks import init_ranks
 
 

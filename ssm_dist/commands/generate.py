@@ -15,7 +15,8 @@ from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, TokenEvent
 from ssm_dist.llm import LLM
-from ssm_dist.outputs import check_file, write_completions
+from ssm_dist.outputs import write_completions
+from ssm_dist.places import check_file
 from ssm_dist.prompts_file import read_lines
 from ssm_dist.report import run_table
 from ssm_dist.requests import Request

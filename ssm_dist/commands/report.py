@@ -11,7 +11,7 @@ from typing import Any
 from ssm_dist.benchmark.page import page
 from ssm_dist.benchmark.tables import MATCH
 from ssm_dist.errors import UserError
-from ssm_dist.outputs import make_folder
+from ssm_dist.places import make_folder
 
 ABOUT = """Join runs of the benchmark, at several degrees or with several codecs, and of the peers' scripts.
 

@@ -13,7 +13,7 @@ from ssm_dist.commands import speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
-from ssm_dist.outputs import check_file
+from ssm_dist.places import check_file
 from ssm_dist.prompts_file import read_prompts
 from ssm_dist.requests import Prompt
 from ssm_dist.sampling.params import SamplingParams

@@ -10,7 +10,8 @@ from rich.table import Table
 from ssm_dist.commands import StateJob, speaks
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
-from ssm_dist.outputs import check_file, write_completions
+from ssm_dist.outputs import write_completions
+from ssm_dist.places import check_file
 from ssm_dist.prompts_file import read_prompts
 from ssm_dist.report import run_table, size
 from ssm_dist.requests import Prompt
@@ -24,7 +25,7 @@ def save(job: StateJob) -> None:
     if len(prompts) != 1:
         raise UserError(f"a state is saved after one prompt, and {len(prompts)} are given")
     if speaks():
-        check_file(file, "[state] file")
+        check_file(file, "[state] file", replaced=True)
     llm = LLM.from_config(job)
     state = llm.save_state(file, prompts[0])
     if speaks():

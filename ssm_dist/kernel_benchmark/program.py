@@ -42,7 +42,7 @@ from ssm_dist.kernel_benchmark.page import markdown
 from ssm_dist.kernel_benchmark.peers import installed_peers
 from ssm_dist.kernel_benchmark.precompile import precompile
 from ssm_dist.kernels import backend, tuning
-from ssm_dist.outputs import check_file
+from ssm_dist.places import check_file
 from ssm_dist.provenance import command, commit
 from ssm_dist.version import __version__
 

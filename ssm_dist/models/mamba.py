@@ -39,7 +39,9 @@ class MambaConfig(LanguageModelConfig):
             "d_model": d_model,
             "n_layers": values.size("n_layer" if older else "num_hidden_layers", 32),
             # some Falcon-Mamba configurations carry a wrong `expand` beside the right intermediate_size
-            "d_inner": values.size("intermediate_size", values.multiple("expand", d_model, 2)),
+            "d_inner": values.size("intermediate_size")
+            if "intermediate_size" in values
+            else values.multiple("expand", d_model, 2),
             "dt_rank": values.size_or_auto("time_step_rank", math.ceil(d_model / 16)),
             "d_state": values.size("state_size", 16),
             "conv_width": values.size("conv_kernel", 4),

@@ -70,9 +70,9 @@ def render_chat(
         )  # no objects with methods for a foreign template to call
     except (TypeError, ValueError) as error:
         raise UserError(f"`messages` must be a list of JSON objects: {error}") from error
-    if not plain or not all(isinstance(message, dict) for message in plain):
+    if not plain or not all(isinstance(message, dict) and "role" in message for message in plain):
         raise UserError(
-            "`messages` must be a list of at least one object such as {'role': ..., 'content': ...}"
+            "`messages` must be a list of at least one object with a role, as {'role': ..., 'content': ...}"
         )
     try:
         return _compiled(template).render(messages=plain, add_generation_prompt=True, **special_tokens)

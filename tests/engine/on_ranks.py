@@ -87,6 +87,13 @@ def refused_while_serving(folder: Path) -> tuple[list[int] | None, list[int]]:
     return llm.serve(main), llm.generate(PROMPTS[1], PARAMS[1])[0].token_ids
 
 
+def answered_as_configured(folder: Path) -> list[int]:
+    """With the parameters of [generation], which has other keys, too."""
+    llm = load(folder)
+    options = llm.config.generation.model_copy(update={"max_new_tokens": 5, "ignore_eos": True})
+    return llm.generate("a", options)[0].token_ids
+
+
 NO_CALLS = {
     "no messages": ({"prompt": "a"}, None),
     "no prompt": (None, None),

@@ -35,6 +35,7 @@ def test_spans_count_what_was_read_within_them() -> None:
     ])  # fmt: skip
     # 600 J in a second and 200 in another; the reading at 4 s lies outside
     assert watch.over([(1.5, 3.5), (4.5, 6.0)]) == {"mhz": 1650, "watts": 400, "capped": 0.75}
+    assert watch.over([(1.5, 3.5)]) == {"mhz": 1550, "watts": None, "capped": 1.0}, "too short for its power"
     assert watch.over([(1.5, 2.5)]) is None, "one reading tells no power"
     assert watch.over([]) is None
 

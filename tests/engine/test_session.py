@@ -73,8 +73,8 @@ def test_closing_a_session_cancels_what_runs_and_refuses_what_comes(llm: LLM):
 
 def test_the_times_of_an_answer_are_those_of_its_tokens_whenever_it_is_read(llm: LLM):
     with llm.session() as session:
-        stream, later = session.submit(PROMPTS[0], PARAMS[0]), session.submit(PROMPTS[4], PARAMS[4])
         submitted = time.perf_counter()
+        stream, later = session.submit(PROMPTS[0], PARAMS[0]), session.submit(PROMPTS[4], PARAMS[4])
         later.result()  # the shorter one has ended by now
         time.sleep(0.3)
         waited = time.perf_counter() - submitted
@@ -129,6 +129,15 @@ def test_a_session_waits_for_the_end_of_a_half_read_stream(llm: LLM, alone: list
         end()
         with llm.session() as session:
             assert session.submit(PROMPTS[0], PARAMS[0]).result().token_ids == alone[0]
+
+
+def test_a_stream_whose_last_token_was_read_has_ended(llm: LLM, alone: list[list[int]]):
+    stream = llm.stream(PROMPTS[0], PARAMS[0])
+    while next(stream).finish_reason is None:
+        pass
+    with llm.session() as session:
+        assert session.submit(PROMPTS[0], PARAMS[0]).result().token_ids == alone[0]
+    assert list(stream) == []
 
 
 def test_every_rank_refuses_to_serve_beside_a_half_read_stream(folder: Path):

@@ -9,7 +9,7 @@ import pytest
 
 from ssm_dist.cli import main
 from ssm_dist.errors import UserError
-from ssm_dist.outputs import check_file, make_folder
+from ssm_dist.places import check_file, make_folder
 from tests.engine.checkpoints import save_checkpoint
 
 NO_MODEL = ["--model.checkpoint", "/no/model/is/there"]
@@ -39,6 +39,23 @@ def test_a_folder_is_made_with_those_above_it_unless_a_file_is_there(tmp_path: P
         make_folder(tmp_path / "file", "--out")
     with pytest.raises(UserError, match=r"--out: cannot make the folder .*: Not a directory"):
         make_folder(tmp_path / "file" / "below", "--out")
+
+
+def test_what_may_not_be_written_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, barred = tmp_path / "old", {tmp_path}
+    old.write_text("")
+    monkeypatch.setattr("os.access", lambda place, _mode: place not in barred)
+    check_file(old, "--out")  # a file that is there needs no folder
+    for call in (
+        lambda: check_file(tmp_path / "new", "--out"),
+        lambda: check_file(old, "--out", replaced=True),
+        lambda: make_folder(tmp_path, "--out"),
+    ):
+        with pytest.raises(UserError, match=r"--out: .*may (not )?be written"):
+            call()
+    barred.add(old)
+    with pytest.raises(UserError, match="old may not be written"):
+        check_file(old, "--out")
 
 
 @pytest.mark.parametrize(
