@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from ssm_dist.commands import COMMANDS, speaks
 from ssm_dist.config_reading import build_config
-from ssm_dist.errors import UserError, nearest
+from ssm_dist.errors import RankFailure, UserError, nearest
 from ssm_dist.flags import read_flags
 from ssm_dist.version import __version__
 
@@ -44,11 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the reader has seen enough (`ssm-dist --help | head`); flushing at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except UserError as error:
+    except (UserError, RankFailure) as error:
         return _fail(f"error: {error}")
-    except Exception as error:
-        if _is_rank_failure(error):
-            return _fail(f"error: {error}")
+    except Exception:
         return _fail(traceback.format_exc().rstrip())
 
 
@@ -98,12 +96,6 @@ def _close_ranks() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-
-
-def _is_rank_failure(error: Exception) -> bool:
-    """Whether a reduction gave up waiting: its message names the op and the ranks, as no traceback does."""
-    reductions = sys.modules.get("ssm_dist.parallel.collectives")
-    return reductions is not None and isinstance(error, reductions.RankFailure)
 
 
 def _fail(message: str) -> int:

@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake, and what its messages propose."""
+"""What ends a job with one message: a user's mistake, and ranks that do not answer."""
 
 import difflib
 from collections.abc import Iterable
@@ -9,6 +9,10 @@ class UserError(ValueError):
 
     Raised on every rank alike; the command line prints it once, from one rank, without a traceback.
     """
+
+
+class RankFailure(RuntimeError):
+    """A reduction that could not end; the message names the op, and the ranks that were missing."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

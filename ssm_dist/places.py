@@ -19,8 +19,8 @@ def check_file(path: Path, what: str, *, replaced: bool = False) -> None:
         raise UserError(f"{what}: {path} is a folder; name a file")
     if not os.path.isdir(folder):
         raise UserError(f"{what}: there is no folder {folder}")
-    places = {path if os.path.exists(path) else folder, folder if replaced else path}
-    if not all(os.access(place, os.W_OK) for place in places if os.path.exists(place)):
+    written = path if os.path.exists(path) else folder
+    if not os.access(written, os.W_OK) or (replaced and not os.access(folder, os.W_OK)):
         raise UserError(f"{what}: {path} may not be written")
 
 

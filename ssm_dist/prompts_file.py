@@ -80,7 +80,7 @@ def _read_json(line: str) -> Any:
 
 
 def _override(base: SamplingParams, options: dict[str, Any]) -> SamplingParams:
-    known = {name: getattr(base, name) for name in SamplingParams.model_fields}
+    known = dict(SamplingParams.of(base))
     try:
         return SamplingParams.model_validate(known | options)
     except ValidationError as error:

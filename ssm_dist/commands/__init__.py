@@ -15,6 +15,7 @@ from pathlib import Path
 from pydantic import Field, model_validator
 
 from ssm_dist.config import Config, ModelConfig, Section
+from ssm_dist.places import check_file
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,12 @@ class Command:
 def speaks() -> bool:
     """Whether this process prints and writes, for all ranks: it is rank 0, or the only one."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def check_place(file: Path | None, key: str, *, replaced: bool = False) -> None:
+    """`places.check_file` of the file that a key names, if any, by the rank that will write it."""
+    if file is not None and speaks():
+        check_file(file, key, replaced=replaced)
 
 
 class StateConfig(Section):

@@ -11,10 +11,10 @@ from rich.markdown import Markdown
 
 from ssm_dist.benchmark.page import page
 from ssm_dist.benchmark.program import Document, run_benchmark
-from ssm_dist.commands import speaks
+from ssm_dist.commands import check_place, speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
-from ssm_dist.places import check_file, make_folder
+from ssm_dist.places import make_folder
 
 
 def run(config: Config) -> None:
@@ -22,9 +22,8 @@ def run(config: Config) -> None:
 
     Raises `UserError`, on rank 0 and after all that, when no case could run.
     """
-    folder, profile = config.benchmark.folder, config.benchmark.profile
-    if profile is not None and speaks():
-        check_file(profile, "[benchmark] profile")
+    folder = config.benchmark.folder
+    check_place(config.benchmark.profile, "[benchmark] profile")
     if folder is not None and speaks():
         make_folder(folder, "[benchmark] folder")
 

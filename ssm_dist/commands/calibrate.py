@@ -8,12 +8,11 @@ from rich.table import Table
 
 from ssm_dist.build import device_type, open_source, reductions_of
 from ssm_dist.calibration import Timing, calibrate, table_of
-from ssm_dist.commands import CalibrationJob, speaks
+from ssm_dist.commands import CalibrationJob, check_place
 from ssm_dist.errors import UserError
 from ssm_dist.kernels import backend
 from ssm_dist.parallel import TensorParallel
 from ssm_dist.parallel.collectives.tables import table_to_json
-from ssm_dist.places import check_file
 from ssm_dist.ranks import init_ranks
 
 
@@ -22,8 +21,7 @@ def run(config: CalibrationJob) -> None:
     if config.parallel.tensor < 2:
         raise UserError("a single rank reduces nothing: set parallel.tensor, and start as many ranks")
     options = config.calibration
-    if speaks():
-        check_file(options.file, "[calibration] file")
+    check_place(options.file, "[calibration] file")
     ranks = init_ranks(config.parallel.tensor, device_type())
     kernels = backend.select(config.kernels.backend, ranks.device)
     source = open_source(config, ranks.device.type, ranks)

@@ -10,13 +10,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from typing_extensions import Self
 
-from ssm_dist.commands import benchmark, speaks
+from ssm_dist.commands import benchmark, check_place, speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.generation import Collector, TokenEvent
 from ssm_dist.llm import LLM
 from ssm_dist.outputs import write_completions
-from ssm_dist.places import check_file
 from ssm_dist.prompts_file import read_lines
 from ssm_dist.report import run_table
 from ssm_dist.requests import Request
@@ -36,8 +35,7 @@ def run(config: Config) -> None:
         raise UserError("there is nothing to do: set generation.prompts or generation.prompts_file")
     lines = [] if options.prompts_file is None else read_lines(options.prompts_file)
     base = SamplingParams.of(options)
-    if config.output.file is not None and speaks():
-        check_file(config.output.file, "[output] file")
+    check_place(config.output.file, "[output] file")
     llm = LLM.from_config(config)
     logging.getLogger(__name__).info("reductions: %s", llm.reduction)
     requests = (

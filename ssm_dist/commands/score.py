@@ -9,11 +9,10 @@ from dataclasses import asdict
 from rich.console import Console
 from rich.table import Table
 
-from ssm_dist.commands import speaks
+from ssm_dist.commands import check_place, speaks
 from ssm_dist.config import Config
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
-from ssm_dist.places import check_file
 from ssm_dist.prompts_file import read_prompts
 from ssm_dist.requests import Prompt
 from ssm_dist.sampling.params import SamplingParams
@@ -24,8 +23,7 @@ def run(config: Config) -> None:
     options = config.generation
     if not options.prompts and options.prompts_file is None:
         raise UserError("there is nothing to score: set generation.prompts or generation.prompts_file")
-    if config.output.file is not None and speaks():
-        check_file(config.output.file, "[output] file")
+    check_place(config.output.file, "[output] file")
     texts: list[Prompt] = list(options.prompts)
     if options.prompts_file is not None:
         texts = [text for text, _ in read_prompts(options.prompts_file, SamplingParams())]

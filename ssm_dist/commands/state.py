@@ -7,11 +7,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from ssm_dist.commands import StateJob, speaks
+from ssm_dist.commands import StateJob, check_place, speaks
 from ssm_dist.errors import UserError
 from ssm_dist.llm import LLM
 from ssm_dist.outputs import write_completions
-from ssm_dist.places import check_file
 from ssm_dist.prompts_file import read_prompts
 from ssm_dist.report import run_table, size
 from ssm_dist.requests import Prompt
@@ -24,8 +23,7 @@ def save(job: StateJob) -> None:
     file, prompts = _file(job), [prompt for prompt, _ in _prompts(job)]
     if len(prompts) != 1:
         raise UserError(f"a state is saved after one prompt, and {len(prompts)} are given")
-    if speaks():
-        check_file(file, "[state] file", replaced=True)
+    check_place(file, "[state] file", replaced=True)
     llm = LLM.from_config(job)
     state = llm.save_state(file, prompts[0])
     if speaks():
@@ -53,8 +51,7 @@ def inspect(job: StateJob) -> None:
 def resume(job: StateJob) -> None:
     """Continue from the file with each prompt, or with nothing more; [output] file gets the answers too."""
     file, given = _file(job), _prompts(job) or [("", SamplingParams.of(job.generation))]
-    if job.output.file is not None and speaks():
-        check_file(job.output.file, "[output] file")
+    check_place(job.output.file, "[output] file")
     llm = LLM.from_config(job)
     state = llm.load_state(file)
     prompts, params = [prompt for prompt, _ in given], [sampling for _, sampling in given]

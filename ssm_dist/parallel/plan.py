@@ -87,8 +87,7 @@ def resolve_plan(model: nn.Module, plan: Plan, degree: int) -> ResolvedPlan:
             first = found.setdefault(id(parameter), placement)
             if (first.dim, first.shape) != (placement.dim, placement.shape):
                 problems.append(f"{first.path} and {placement.path} are tied but split differently")
-    if problems:
-        raise UserError("the plan does not fit the model:\n  " + "\n  ".join(problems))
+    _raise_if_any(problems)
     _check_degree(modules, styles, degree)
     reductions = {path: styles[path].reduction(modules[path], degree) for path in styles if degree > 1}
     sent = {path: reduction for path, reduction in reductions.items() if reduction is not None}
@@ -144,11 +143,14 @@ def _replace_parameters(model: nn.Module, replacement: dict[int, nn.Parameter]) 
 
 
 def _require_styles(plan: Plan) -> None:
-    problems = [
+    _raise_if_any([
         f"the value of pattern {pattern!r} must be a style, such as Replicated(), and is {style!r}"
         for pattern, style in plan.items()
         if not isinstance(style, Style)
-    ]
+    ])  # fmt: skip
+
+
+def _raise_if_any(problems: list[str]) -> None:
     if problems:
         raise UserError("the plan does not fit the model:\n  " + "\n  ".join(problems))
 

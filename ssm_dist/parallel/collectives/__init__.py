@@ -15,7 +15,8 @@ A group travels as a string, since an op takes no process group; `register_group
     failures      bounded waits, and which rank is to blame
 """
 
-from ssm_dist.parallel.collectives.failures import RankFailure, wait_for_device, wait_for_event
+from ssm_dist.errors import RankFailure
+from ssm_dist.parallel.collectives.failures import wait_for_device, wait_for_event
 from ssm_dist.parallel.collectives.gather import broadcast_bytes, tp_all_gather, tp_all_max, tp_gather_rows
 from ssm_dist.parallel.collectives.groups import carrier, register_group
 from ssm_dist.parallel.collectives.ops import (

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import _get_process_group_store
 
+from ssm_dist.errors import RankFailure
 from ssm_dist.parallel.collectives.groups import Group, group_named, group_with_parts
 
 SLICE = 1.0
@@ -28,10 +29,6 @@ BUSY = 0.05
 
 ALGORITHMS = {1: "one_shot", 2: "two_shot", 3: "bulk", 4: "decode_layers"}
 """By the error word of shared memory, divided by 64; the rest of it is the missing rank."""
-
-
-class RankFailure(RuntimeError):
-    """A reduction that could not end; the message names the op, and the ranks that were missing."""
 
 
 @dataclass(frozen=True)
